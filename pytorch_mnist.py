@@ -13,6 +13,7 @@ Without a ClearML server it trains all the same, and records a ClearML offline s
 
 import argparse
 import csv
+import itertools
 import math
 import os
 import shlex
@@ -32,7 +33,7 @@ load_dotenv()  # .env beside this file; before `import clearml`, which reads var
 import torch
 from clearml import OutputModel, StorageManager, Task
 from clearml.config import config_obj
-from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -184,21 +185,32 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
     table += [[*row, int(count)] for row, count in zip(rows, support, strict=True)]
     logger.report_table("per digit", "test", step, table_plot=table)
 
-    picture = Figure(figsize=(6, 6), layout="constrained")
-    plot = picture.add_subplot(xlabel="prediction", ylabel="label", xticks=range(10), yticks=range(10))
-    plot.imshow(hits.float().log1p(), cmap="Blues")
-    for label, digit in hits.nonzero().tolist():
-        color = "white" if hits[label, digit] > 99 else "black"
-        plot.text(digit, label, str(hits[label, digit].item()), ha="center", va="center", color=color)
-    picture.savefig(folder / "confusion_matrix.png")
+    cell, font = 64, ImageFont.load_default(20)
+    picture = Image.new("RGB", (11 * cell, 11 * cell), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text(
+        (cell / 2, cell / 2), "label \\\npredicted", "black", ImageFont.load_default(12), anchor="mm", align="center"
+    )
+    for row, column in itertools.product(range(11), repeat=2):
+        middle, count = ((column + 0.5) * cell, (row + 0.5) * cell), int(hits[row - 1, column - 1])
+        if row == 0 or column == 0:
+            draw.text(middle, str(max(row, column) - 1) if row != column else "", "black", font, anchor="mm")
+        elif count:
+            ink, paper = ("white", "royalblue") if row == column else ("black", "mistyrose")
+            draw.rectangle((column * cell, row * cell, (column + 1) * cell - 2, (row + 1) * cell - 2), paper)
+            draw.text(middle, str(count), ink, font, anchor="mm")
+    picture.save(folder / "confusion_matrix.png")
 
     mistakes = (predicted != labels).nonzero().flatten()
     worst = mistakes[confidence[mistakes].argsort(descending=True)][:25].tolist()
-    picture = Figure(figsize=(8, 9), layout="constrained")
-    for place, index in enumerate(worst, start=1):
+    picture = Image.new("L", (5 * 160, 5 * 200), "white")
+    draw = ImageDraw.Draw(picture)
+    for place, index in enumerate(worst):
+        x, y = place % 5 * 160 + 10, place // 5 * 200 + 10
         title = f"{labels[index]} read as {predicted[index]}\n{confidence[index]:.1%} sure"
-        picture.add_subplot(5, 5, place, title=title, xticks=[], yticks=[]).imshow(images[index], cmap="gray_r")
-    picture.savefig(folder / "mistakes.png")
+        draw.text((x, y), title, "black", font)
+        picture.paste(Image.fromarray(255 - images[index].numpy()).resize((140, 140)), (x, y + 50))
+    picture.save(folder / "mistakes.png")
     logger.report_image("mistakes", "worst of the test set", step, local_path=str(folder / "mistakes.png"))
 
     with open(folder / "predictions.csv", "w", newline="") as file:
@@ -226,6 +238,7 @@ def store_model(task: Task, model: Path, output_uri: str, net: Net, metadata: di
         labels = {digit: int(digit) for digit in DIGITS}
         entry = OutputModel(task, config_text=str(net), label_enumeration=labels, name=task.name, framework="PyTorch")
         entry.update_weights(register_uri=address)
+        metadata = {**metadata, "size": model.stat().st_size}
         entry.set_all_metadata({key: {"type": "str", "value": str(value)} for key, value in metadata.items()})
     return address
 
