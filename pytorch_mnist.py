@@ -13,26 +13,43 @@ Without a ClearML server it trains all the same, and records a ClearML offline s
 
 import argparse
 import csv
+import filecmp
+import io
 import itertools
+import logging
 import math
+import multiprocessing.pool
 import os
+import pickle
+import re
 import shlex
+import signal
+import socket
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 from dotenv import load_dotenv
 
 load_dotenv()  # .env beside this file; before `import clearml`, which reads variables while it is imported
 
+import requests
 import torch
 from clearml import OutputModel, StorageManager, Task
+from clearml.backend_api.session.session import LoginError, Session
+from clearml.backend_config import ConfigurationError
+from clearml.backend_config.defs import get_active_config_file
 from clearml.config import config_obj
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,7 +58,22 @@ from torchvision import datasets
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+NAME, DOCTOR = Path(__file__).name, "uv run doctor.py"
 DIGITS = [str(digit) for digit in range(10)]
+RETRIES = dict.fromkeys(("total", "connect", "read"), 8)
+SDK_SETTINGS = {  # over clearml.conf, in seconds: by default leaving takes eleven, and a dead server or store hours
+    "api": {"http": {"retries": {**RETRIES, "backoff_max": 10}}},
+    "sdk": {
+        "development": {"report_use_subprocess": False},
+        "aws": {"boto3": {"connect_timeout": 5, "read_timeout": 12}},
+        "http": {"timeout": {"connection": 5, "total": 12}, "download": {"max_retries": 1}},
+    },
+}
+Curve = tuple[str, str, float, int]  # title, series, value, number of batches trained
+
+
+class RunError(Exception):
+    """A failure that the user can mend: one line on stderr, exit code 1, and the reason of the task's failure."""
 
 
 # --- network --------------------------------------------------------------------------------------------------------
@@ -62,8 +94,20 @@ def load_mnist(folder: Path, train: bool, device: torch.device) -> tuple[Tensor,
 
     `data/` holds the published files, which torchvision verifies and unpacks; into any other folder it downloads
     them. The set is small: one tensor, indexed, needs no DataLoader workers and is faster than they are.
+    Raises RunError where the files are neither there nor to be had.
     """
-    mnist = datasets.MNIST(folder, train=train, download=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # torchvision unpacks in place, and two first runs may meet
+            for packed in (folder / "MNIST/raw").glob("*.gz"):  # it also takes a half unpacked file as good
+                unpacked, crc = packed.with_suffix(""), int.from_bytes(packed.read_bytes()[-8:-4], "little")
+                if unpacked.exists() and zlib.crc32(unpacked.read_bytes()) != crc:
+                    unpacked.unlink()
+            socket.setdefaulttimeout(10)  # a mirror that does not answer
+            mnist = datasets.MNIST(folder, train=train, download=True)
+            socket.setdefaulttimeout(None)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"no MNIST in {folder} ({error}): get the .gz files of {HERE / 'data/MNIST/raw'}") from error
     return mnist.data.to(device), mnist.targets.to(device)
 
 
@@ -79,7 +123,7 @@ def train_epoch(
 ) -> list[float]:
     """One pass over the set in random order. Returns the loss of each batch."""
     net.train()
-    batches = torch.randperm(len(images), device=images.device).split(batch_size)
+    batches = torch.randperm(len(images)).to(images.device).split(batch_size)
     losses = torch.empty(len(batches), device=images.device)
     # The bar is for a terminal only (disable=None), and goes there past the stderr that ClearML records.
     terminal = open(2, "w", closefd=False)  # noqa: SIM115
@@ -106,30 +150,39 @@ def predict(net: Net, images: Tensor, batch_size: int) -> Tensor:
         return torch.cat([net(normalise(batch)).log_softmax(dim=1) for batch in images.split(batch_size)]).cpu()
 
 
+def score(log_probs: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy of what `predict` returned."""
+    return functional.nll_loss(log_probs, labels).item(), (log_probs.argmax(1) == labels).float().mean().item()
+
+
 # --- tracking and storage -------------------------------------------------------------------------------------------
-class RunError(Exception):
-    """A failure that the user can mend: one line on stderr, exit code 1, and the reason of the task's failure."""
-
-
-def start_task(args: argparse.Namespace) -> Task:
-    """A new ClearML task, or an offline session where no server is configured; says which, and why."""
-    # By default ClearML reports from a second process, which makes leaving take eleven seconds instead of one.
-    config_obj.set_overrides({"sdk": {"development": {"report_use_subprocess": False}}})
-    if reason := why_offline(args.offline):
-        print(f"ClearML: offline session, because {reason}")
-        Task.set_offline(True)
-    Task.set_random_seed(args.seed)  # Task.init seeds all generators; without this line with 1337
-    task: Task = Task.init(
-        project_name=args.project_name,
-        task_name=args.task_name,
-        tags=args.tags,
-        reuse_last_task_id=False,
-        auto_connect_frameworks=False,  # what is reported stands here; the torch.save hook would add a second model
-    )
-    if Task.running_locally():
-        task.set_comment(f"python {shlex.join([Path(__file__).name, *sys.argv[1:]])}")
-    if not task.is_offline():
-        task.output_uri = args.output_uri or task.output_uri or True  # True: the server's own file server
+def start_task(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Task:
+    """A new ClearML task, the checkpoint's task, or an offline session; says which. Raises RunError within 30 s."""
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # StorageManager tries again by itself
+    try:
+        config_obj.set_overrides(SDK_SETTINGS)
+        if reason := why_offline(args.offline):
+            print(f"ClearML: offline session, because {reason}")
+            Task.set_offline(True)
+        else:
+            check_server()
+        resumed = "" if reason else checkpoint.get("task", "").removeprefix("offline-")
+        Task.set_random_seed(args.seed)  # Task.init seeds all generators; without this line with 1337
+        task: Task = Task.init(
+            project_name=args.project_name,
+            task_name=args.task_name,
+            tags=args.tags,
+            reuse_last_task_id=resumed or False,
+            continue_last_task=0 if resumed else False,  # 0: do not shift the iterations
+            auto_connect_frameworks=False,  # what is reported stands here; the torch.save hook adds a second model
+        )
+    except ConfigurationError as error:
+        raise RunError(f"clearml.conf: {error}") from error
+    except (LoginError, ValueError) as error:
+        where = "CLEARML_API_ACCESS_KEY" if os.getenv("CLEARML_API_ACCESS_KEY") else get_active_config_file()
+        raise RunError(f"the ClearML server refused: {error} (credentials: {where})") from error
+    if Task.running_locally() and not resumed:
+        task.set_comment(f"python {shlex.join([NAME, *sys.argv[1:]])}")
     return task
 
 
@@ -143,11 +196,28 @@ def why_offline(asked: bool) -> str:
         "CLEARML_API_SECRET_KEY": "api.credentials.secret_key",
     }
     missing = [f"{key} (or {name})" for name, key in needed.items() if not (os.getenv(name) or config_obj.get(key))]
+    if missing and (named := os.getenv("CLEARML_CONFIG_FILE")) and not Path(named).expanduser().is_file():
+        raise RunError(f"CLEARML_CONFIG_FILE names {named}, and there is no such file")
+    if missing and not get_active_config_file() and Path("~/.clearml.conf").expanduser().is_file():
+        raise RunError("ClearML ignores ~/.clearml.conf: its name is ~/clearml.conf, without the first dot")
     if len(missing) == len(needed):
         return "no server is configured (no ~/clearml.conf, no CLEARML_API_... variables)"
     if missing:
         raise RunError(f"half a ClearML configuration, {' and '.join(missing)} missing: add it or use --offline")
     return ""
+
+
+def check_server() -> None:
+    """Ask the API server once, in at most 15 s. Raises RunError where ClearML itself would go on asking."""
+    host = Session.get_api_server_host()
+    try:
+        answer = requests.get(f"{host}/debug.ping", timeout=(5, 10), verify=config_obj.get("api.verify_certificate"))
+        if answer.json()["meta"]["result_code"] != 200:
+            raise KeyError(answer.status_code)
+    except (KeyError, TypeError, requests.JSONDecodeError) as error:
+        raise RunError(f"no ClearML API server at {host}, something else answers there; try: {DOCTOR}") from error
+    except requests.RequestException as error:
+        raise RunError(f"no answer from the ClearML API server {host}; try: {DOCTOR}, or use --offline") from error
 
 
 def report_setup(task: Task, net: Net, optimizer: torch.optim.Optimizer, schedule: OneCycleLR) -> None:
@@ -181,8 +251,8 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
     precision, recall, support = hits.diag() / hits.sum(dim=0), hits.diag() / hits.sum(dim=1), hits.sum(dim=1)
     figures = torch.stack([precision, recall, 2 * precision * recall / (precision + recall)], dim=1)
     rows = [[digit, *(f"{value:.4f}" for value in row)] for digit, row in zip(DIGITS, figures, strict=True)]
-    table = [["digit", "precision", "recall", "F1", "support"]]
-    table += [[*row, int(count)] for row, count in zip(rows, support, strict=True)]
+    table = [[*row, count] for row, count in zip(rows, support.tolist(), strict=True)]
+    table.insert(0, ["digit", "precision", "recall", "F1", "support"])
     logger.report_table("per digit", "test", step, table_plot=table)
 
     cell, font = 64, ImageFont.load_default(20)
@@ -220,18 +290,64 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
     task.upload_artifact("predictions", folder / "predictions.csv", wait_on_upload=True)
 
 
-def store_model(task: Task, model: Path, output_uri: str, net: Net, metadata: dict[str, object]) -> str:
-    """Upload the model, and register it with the task, once. Returns its address; empty if it went nowhere.
+def choose_storage(task: Task, output_uri: str) -> str:
+    """The folder for the task's models, proven to work; empty where an offline session has no storage.
 
-    StorageManager serves every kind of storage, with a server and without, waits for the upload, and raises.
+    Proven: a small object was written there, read back, compared and deleted, within 15 s. Else RunError.
     """
-    address = ""
-    if output_uri:
-        owner = f"{quote(task.get_project_name())}/{quote(task.name)}.{task.id}"  # ClearML's own layout
+    root = output_uri or ("" if task.is_offline() else task.output_uri or StorageManager.get_files_server())
+    if not root:
+        return ""
+    project, name = (re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:80] for text in (task.get_project_name(), task.name))
+    folder = f"{root.rstrip('/')}/{project}/{name}.{task.id}/models"
+    address = f"{folder}/probe-{uuid4().hex}"
+
+    def write_read_delete() -> None:
+        upload(Path(__file__), address)
+        if not StorageManager.storage_helper.get(address).delete(address):
+            raise RunError("objects can be written, but not deleted")
+
+    try:  # in a thread, because not every storage library knows a time-out
+        multiprocessing.pool.ThreadPool(1).apply_async(write_read_delete).get(timeout=15)
+    except (RunError, multiprocessing.TimeoutError) as error:
+        reason = str(error) or "no answer for 15 s"
+        raise RunError(f"no storage at {root}: {reason}; try: {DOCTOR} --output-uri {shlex.quote(root)}") from error
+    if not task.is_offline():
+        task.storage_uri = root  # for artifacts; task.output_uri = root would check once more
+    print(f"Storage: {folder} (written, read back, deleted)")
+    return folder
+
+
+def upload(path: Path, address: str) -> None:
+    """Upload a file and compare what the store then has, byte for byte. Raises RunError in the store's own words."""
+    words: list[str] = []  # the SDK raises "Upload failed" and logs the reason
+    log = logging.getLogger("clearml.storage")
+
+    def listen(record: logging.LogRecord) -> bool:
+        words.append(record.getMessage())
+        return False  # and nothing for the console
+
+    log.addFilter(listen)
+    try:
+        StorageManager.upload_file(str(path), address)
+        copy = StorageManager.get_local_copy(address, extract_archive=False, force_download=True)
+        if not copy or not filecmp.cmp(path, copy, shallow=False):
+            raise RunError("what the store gives back is not what was uploaded")
+    except Exception as error:
+        raise RunError(words[0] if words else str(error)) from error
+    finally:
+        log.removeFilter(listen)
+
+
+def store_model(task: Task, model: Path, folder: str, net: Net, metadata: dict[str, object]) -> str:
+    """Upload the model, prove it, and register it with the task, once. Returns its address, or an empty string."""
+    address = f"{folder}/{model.name}" if folder else ""
+    if folder:
         try:
-            address = StorageManager.upload_file(str(model), f"{output_uri.rstrip('/')}/{owner}/models/{model.name}")
-        except Exception as error:
-            raise RunError(f"the model did not reach {output_uri}: {error}; it is in {model}") from error
+            upload(model, address)
+        except RunError as error:
+            doctor = f"{DOCTOR} --output-uri {shlex.quote(folder)}"
+            raise RunError(f"the model is in {model}, but not at {address}: {error}; try: {doctor}") from error
     if task.is_offline():  # where OutputModel does not work, and artifacts do
         task.upload_artifact("model", model, metadata={**metadata, "address": address}, wait_on_upload=True)
     else:
@@ -241,6 +357,67 @@ def store_model(task: Task, model: Path, output_uri: str, net: Net, metadata: di
         metadata = {**metadata, "size": model.stat().st_size}
         entry.set_all_metadata({key: {"type": "str", "value": str(value)} for key, value in metadata.items()})
     return address
+
+
+def unreported(task: Task, curves: list[Curve]) -> list[Curve]:
+    """The points that the server does not have: all of a new task's, some after a resume or an outage."""
+    known = {} if task.is_offline() else task.get_reported_scalars()
+    steps = {(title, name): curve["x"] for title, group in known.items() for name, curve in group.items()}
+    # Of more than 5,000 points the server gives averages, and nothing can be said.
+    return [curve for curve in curves if len(seen := steps.get(curve[:2], [])) < 5000 and curve[3] not in seen]
+
+
+def report(task: Task, curves: list[Curve]) -> None:
+    for title, series, value, step in curves:
+        task.get_logger().report_scalar(title, series, value, step)
+
+
+def close_task(task: Task, curves: list[Curve]) -> None:
+    """Close the task and see on the server that nothing is missing. Raises RunError, within a minute or so."""
+    online, missing = not task.is_offline(), curves
+    for attempt in range(12 if online else 0):
+        try:
+            check_server()
+            task.flush(wait_for_uploads=True)
+            if not (missing := unreported(task, curves)):
+                break
+            if attempt == 5:  # lost, not late
+                report(task, missing)
+        except RunError:
+            print("waiting for the ClearML server to come back")
+        time.sleep(0.2 if attempt < 2 else 5)
+    else:
+        if online:
+            raise RunError(f"{len(missing)} of {len(curves)} values did not reach the ClearML server")
+    task.close()
+    if online and (status := Task.get_task(task.id).status) != Task.TaskStatusEnum.completed:
+        raise RunError(f"the ClearML server has the task as {status}")
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+def save(state: dict[str, Any], path: Path) -> None:
+    """torch.save, all or nothing: whatever dies meanwhile, the file at `path` is whole. Raises RunError."""
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(state, buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save` wrote, tensors and plain values only: nothing in the file is executed. Raises RunError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Net().load_state_dict(state["net"])
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"cannot resume from {path}: {type(error).__name__}: {reason[:300]}") from error
+    return dict(state, folder=path.parent)
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -266,7 +443,21 @@ def device(text: str) -> str:
     return text
 
 
-def parse_args() -> argparse.Namespace:
+def storage_uri(text: str) -> str:
+    """An argparse type: where models can go. What it refuses it does not repeat, since it may hold a secret."""
+    parts = urlsplit(text)
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise argparse.ArgumentTypeError("credentials do not belong into the URI, but into clearml.conf or variables")
+    if parts.scheme in ("s3", "gs", "azure"):
+        if not parts.netloc or (":" in parts.netloc and not parts.path.strip("/")):
+            raise argparse.ArgumentTypeError(f"no bucket: {parts.scheme}://bucket/path or s3://host:port/bucket/path")
+    elif text and (parts.scheme not in ("", "file") or not Path(parts.path).expanduser().absolute().parent.is_dir()):
+        raise argparse.ArgumentTypeError("neither s3://, gs://, azure:// nor a folder whose parent exists")
+    return text
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments and, with --resume, the checkpoint that they continue."""
     parser = argparse.ArgumentParser(
         description="Train a small network on MNIST and track the run with ClearML.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -279,7 +470,9 @@ def parse_args() -> argparse.Namespace:
     where = (
         "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://... or a folder; empty: file server"
     )
-    clearml.add_argument("--output-uri", default=uri, help=f"where the model goes: {where}; from CLEARML_OUTPUT_URI")
+    clearml.add_argument(
+        "--output-uri", type=storage_uri, default=uri, help=f"where the model goes: {where}; from CLEARML_OUTPUT_URI"
+    )
     clearml.add_argument("--tags", nargs="+", default=[], help="tags of the task")
     clearml.add_argument("--offline", action="store_true", help="record an offline session, whatever is configured")
     data = parser.add_argument_group("data")
@@ -297,26 +490,58 @@ def parse_args() -> argparse.Namespace:
     train.add_argument("--dry-run", action="store_true", help="one batch of training and one of testing")
     output = parser.add_argument_group("output")
     output.add_argument("--output-dir", type=Path, default=Path("outputs"), help="a folder for each run below it")
-    return parser.parse_args()
+    resume = "go on after this checkpoint, in the same task and with the same arguments; without PATH: the newest one"
+    output.add_argument("--resume", nargs="?", const="", metavar="PATH", help=resume)
+    args = parser.parse_args()
+    if args.resume is None:
+        return args, {}
+    found = sorted(args.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not args.resume and not found:
+        parser.error(f"argument --resume: no checkpoint below {args.output_dir}")
+    checkpoint = load_checkpoint(Path(args.resume) if args.resume else found[-1])
+    parser.set_defaults(**checkpoint["args"])  # so that what is given now wins
+    return parser.parse_args(), checkpoint
 
 
-def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """sys.excepthook: one line for what the user can mend; anything else is a defect and keeps its traceback."""
-    if issubclass(kind, RunError):
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+# --- main -------------------------------------------------------------------------------------------------------------
+class Ending:
+    """However a run ends early: one line on stderr, with what is saved and how to go on; and an end to it in 30 s."""
+
+    checkpoint: Path | None = None
+
+    def tell(self, what: str, code: int, seconds: float = 30) -> None:
+        go_on = f"; saved, to go on: uv run {NAME} --resume {shlex.quote(str(self.checkpoint))}"
+        print(f"{NAME}: {what}{go_on if self.checkpoint else ''}", file=sys.stderr, flush=True)
+        last_resort = threading.Timer(seconds, os._exit, [code])  # ClearML may wait for a server that is gone
+        last_resort.daemon = True
+        last_resort.start()
+
+    def except_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
+            self.tell("interrupted", 130, 8)
+        elif issubclass(kind, RunError | OSError | torch.OutOfMemoryError):
+            self.tell(f"error: {' '.join(str(error).split())}", 1)
+        else:  # a defect, and no user's mistake
+            sys.__excepthook__(kind, error, trace)
+
+    def terminate(self, *_: object) -> None:
+        self.tell("terminated", 143, 8)
+        sys.exit(143)
 
 
-# --- main -----------------------------------------------------------------------------------------------------------
 def main() -> None:
-    args = parse_args()
-    sys.excepthook = one_line  # before Task.init, which wraps it and marks the task as failed with the reason
+    ending = Ending()
+    sys.excepthook = ending.except_hook  # before Task.init, which wraps both: a task ends as failed or stopped
+    signal.signal(signal.SIGTERM, ending.terminate)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each epoch at once
+    args, checkpoint = parse_args()
     started = time.perf_counter()
-    task = start_task(args)
-    logger = task.get_logger()
-    folder = args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
-    folder.mkdir(parents=True)
+    task = start_task(args, checkpoint)
+    task.register_abort_callback(lambda: ending.tell("aborted in the web UI", 1))
+    folder = checkpoint.get("folder") or args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = choose_storage(task, args.output_uri)
 
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -333,39 +558,62 @@ def main() -> None:
     steps = math.ceil(len(images) / args.batch_size)
     schedule = OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2, cycle_momentum=False)
     report_setup(task, net, optimizer, schedule)
+    parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    curves: list[Curve] = []
+    if checkpoint:
+        ending.checkpoint = folder / "checkpoint.pt"
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["generator"])
+        curves = [tuple(point) for point in checkpoint["curves"]]
+        report(task, unreported(task, curves))
+        print(f"resumed after epoch {checkpoint['epoch']} from {ending.checkpoint}")
 
-    for epoch in range(1, args.epochs + 1):
+    log_probs = None
+    for epoch in range(checkpoint.get("epoch", 0) + 1, args.epochs + 1):
         begin = time.perf_counter()
         losses = train_epoch(net, optimizer, schedule, images, labels, args.batch_size)
         speed = len(images) / (time.perf_counter() - begin)
         log_probs = predict(net, test_images, args.test_batch_size)
-        train_loss, test_loss = sum(losses) / steps, functional.nll_loss(log_probs, test_labels).item()
-        accuracy = (log_probs.argmax(dim=1) == test_labels).float().mean().item()
-        lr, done = schedule.get_last_lr()[0], epoch * steps  # all curves: over the number of batches trained
-        for batch in range(args.log_interval, steps + 1, args.log_interval):
-            logger.report_scalar("loss", "train batch", losses[batch - 1], done - steps + batch)
-        logger.report_scalar("loss", "train", train_loss, done)
-        logger.report_scalar("loss", "test", test_loss, done)
-        logger.report_scalar("accuracy", "test", accuracy, done)
-        logger.report_scalar("learning rate", "OneCycleLR", lr, done)
-        logger.report_scalar("images per second", "train", speed, done)
+        train_loss = sum(losses) / steps
+        test_loss, accuracy = score(log_probs, test_labels)
+        if not math.isfinite(train_loss + test_loss):
+            raise RunError(f"the loss is {train_loss} in epoch {epoch}: try a smaller --lr")
+        lr, done = float(schedule.get_last_lr()[0]), epoch * steps  # all curves: over the number of batches trained
+        new: list[Curve] = [
+            ("loss", "train batch", losses[batch - 1], done - steps + batch)
+            for batch in range(args.log_interval, steps + 1, args.log_interval)
+        ]
+        new += [("loss", "train", train_loss, done), ("loss", "test", test_loss, done)]
+        new += [("accuracy", "test", accuracy, done), ("learning rate", "OneCycleLR", lr, done)]
+        new += [("images per second", "train", speed, done)]
+        curves += new
+        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"generator": torch.get_rng_state(), "epoch": epoch, "curves": curves, "task": task.id}
+        state["args"] = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        save(state, folder / "checkpoint.pt")
+        ending.checkpoint = folder / "checkpoint.pt"
+        report(task, new)
         print(
             f"epoch {epoch}/{args.epochs}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
             f"test accuracy {accuracy:.2%}  lr {lr:.4f}  {speed:,.0f} images/s"
         )
 
+    if log_probs is None:  # resumed with nothing left to train
+        log_probs = predict(net, test_images, args.test_batch_size)
+    test_loss, accuracy = score(log_probs, test_labels)
     model = folder / "model.pt"
-    torch.save(net.state_dict(), model)
-    report_results(task, folder, done, test_images.cpu(), test_labels, log_probs)
-    output_uri = args.output_uri if task.is_offline() else task.output_uri
-    address = store_model(task, model, output_uri, net, {"accuracy": accuracy, "epoch": epoch, **vars(args)})
+    save(net.state_dict(), model)
+    report_results(task, folder, args.epochs * steps, test_images.cpu(), test_labels, log_probs)
+    metadata = {"accuracy": accuracy, "epoch": args.epochs, **vars(args)}
+    address = store_model(task, model, storage, net, metadata)
     seconds = time.perf_counter() - started
     for name, value in {"final accuracy": accuracy, "final loss": test_loss, "seconds": seconds}.items():
-        logger.report_single_value(name, value)
+        task.get_logger().report_single_value(name, value)
     print(f"Test accuracy {accuracy:.2%} after {args.epochs} epochs, {seconds:.1f} s\nModel: {model}")
-    print(f"Stored: {address or 'nowhere else, no --output-uri was given'}")
+    print(f"Model: {address}" if address else "No --output-uri was given: the model went nowhere else")
     session = f"{task.get_offline_mode_folder()}.zip" if task.is_offline() else ""
-    task.close()
+    close_task(task, curves)
     if session:
         print(f"To take the session to a server: uv run clearml-task --import-offline-session {shlex.quote(session)}")
 

@@ -1,15 +1,30 @@
 """What the tests share: the real scripts, started as a user starts them, in a HOME of their own."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
+from clearml_server import ClearMLServer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
+
+REMOVE_PROJECT = """
+import sys
+from clearml import Task
+from clearml.backend_api.session.client import APIClient
+for task in Task.query_tasks(project_name=sys.argv[1]):
+    Task.get_task(task).delete(raise_on_error=True)
+for project in APIClient().projects.get_all(name=f"^{sys.argv[1]}$", only_fields=["id"]):
+    APIClient().projects.delete(project=project.id)
+"""
 
 # What a user's machine may have set, and a test must not see.
 FOREIGN = ("CLEARML_", "TRAINS_", "AWS_", "GOOGLE_", "STORAGE_", "AZURE_", "CUDA_")
@@ -25,8 +40,7 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        # The checkout's own .env belongs to the developer; matplotlib's cache is made once, not once a test.
-        extra = {"HOME": str(self.home), "PYTHON_DOTENV_DISABLED": "1", "MPLCONFIGDIR": str(self.home.parent / "mpl")}
+        extra = {"HOME": str(self.home), "PYTHON_DOTENV_DISABLED": "1"}  # the checkout's .env belongs to the developer
         return {**mine, **extra, **self.variables}
 
     def start(self, script: str | Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -45,6 +59,18 @@ class Machine:
 
     def train(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         return Machine(self.home, {**self.variables, **variables}).run("pytorch_mnist.py", *arguments)
+
+    def configure(self, *parts: str) -> None:
+        (self.home / "clearml.conf").write_text("\n".join(parts))
+
+    def read_task(self, task_id: str) -> dict[str, Any]:
+        """What the server has of a task, see read_task.py."""
+        folder = self.home / f"fetched-{uuid4().hex}"
+        folder.mkdir()
+        run = self.run("tests/read_task.py", task_id, folder)
+        assert run.returncode == 0, run.stderr
+        task: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+        return task
 
     def outputs(self, name: str) -> Path:
         """The one file of this name below the folder `outputs`."""
@@ -75,3 +101,49 @@ def no_variables_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith(FOREIGN):
             monkeypatch.delenv(name)
+
+
+class LiveServer:
+    """The server in the user's own clearml.conf, for `pytest --live`."""
+
+    def configuration(self) -> str:
+        return Path("~/clearml.conf").expanduser().read_text()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--live", action="store_true", help="use the server in ~/clearml.conf, not the stand-in")
+
+
+@pytest.fixture(scope="session")
+def live(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--live"))
+
+
+@pytest.fixture(scope="module")
+def stand_in(live: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClearMLServer]:
+    """For tests that look into the server itself. It fails a test that made a call which it does not know."""
+    if live:
+        pytest.skip("looks into the stand-in server")
+    server = ClearMLServer(tmp_path_factory.mktemp("clearml-server"))
+    server.start()
+    yield server
+    server.stop()
+    assert server.unknown == []
+
+
+@pytest.fixture(scope="module")
+def server(live: bool, request: pytest.FixtureRequest) -> ClearMLServer | LiveServer:
+    return LiveServer() if live else request.getfixturevalue("stand_in")
+
+
+@pytest.fixture(scope="module")
+def project(server: ClearMLServer | LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a project for this module's tasks; on a live server it is removed with all that is in it."""
+    name = f"clearml-client-example-tests-{uuid4().hex[:8]}"
+    yield name
+    if isinstance(server, LiveServer):
+        machine = Machine(tmp_path_factory.mktemp("removal"))
+        machine.configure(server.configuration())
+        (machine.home / "remove.py").write_text(REMOVE_PROJECT)
+        run = machine.run(machine.home / "remove.py", name)
+        assert run.returncode == 0, run.stderr

