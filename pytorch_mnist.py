@@ -29,7 +29,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-NAME, DOCTOR = Path(__file__).name, "uv run doctor.py"
+NAME = Path(__file__).name
 DIGITS = [str(digit) for digit in range(10)]
 RETRIES = dict.fromkeys(("total", "connect", "read"), 8)
 SDK_SETTINGS = {  # over clearml.conf, in seconds: by default leaving takes eleven, and a dead server or store hours
@@ -160,7 +161,8 @@ def start_task(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Task:
     """A new ClearML task, the checkpoint's task, or an offline session; says which. Raises RunError within 30 s."""
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # StorageManager tries again by itself
     try:
-        config_obj.set_overrides(SDK_SETTINGS)
+        chain = {"sdk": {"aws": {"s3": {"use_credentials_chain": not config_obj.get("sdk.aws.s3.key", "")}}}}
+        config_obj.set_overrides(SDK_SETTINGS, chain)  # so that profiles and roles count where no key is configured
         if reason := why_offline(args.offline):
             print(f"ClearML: offline session, because {reason}")
             Task.set_offline(True)
@@ -215,9 +217,9 @@ def check_server() -> None:
         if answer.json()["meta"]["result_code"] != 200:
             raise KeyError(answer.status_code)
     except (KeyError, TypeError, requests.JSONDecodeError) as error:
-        raise RunError(f"no ClearML API server at {host}, something else answers there; try: {DOCTOR}") from error
+        raise RunError(f"no ClearML API server at {host}: something else answers there") from error
     except requests.RequestException as error:
-        raise RunError(f"no answer from the ClearML API server {host}; try: {DOCTOR}, or use --offline") from error
+        raise RunError(f"no answer from the ClearML API server {host}; without it: --offline") from error
 
 
 def report_setup(task: Task, net: Net, optimizer: torch.optim.Optimizer, schedule: OneCycleLR) -> None:
@@ -287,7 +289,8 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
         writer = csv.writer(file)
         writer.writerow(["index", "label", "prediction", "confidence"])
         writer.writerows(zip(range(len(labels)), labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True))
-    task.upload_artifact("predictions", folder / "predictions.csv", wait_on_upload=True)
+    with storage_errors("no upload of predictions.csv"):
+        task.upload_artifact("predictions", folder / "predictions.csv", wait_on_upload=True)
 
 
 def choose_storage(task: Task, output_uri: str) -> str:
@@ -303,24 +306,25 @@ def choose_storage(task: Task, output_uri: str) -> str:
     address = f"{folder}/probe-{uuid4().hex}"
 
     def write_read_delete() -> None:
-        upload(Path(__file__), address)
-        if not StorageManager.storage_helper.get(address).delete(address):
-            raise RunError("objects can be written, but not deleted")
+        with storage_errors(f"no storage at {root}"):
+            upload(Path(__file__), address)
+            if not StorageManager.storage_helper.get(address).delete(address):
+                raise RunError("objects can be written, but not deleted")
 
     try:  # in a thread, because not every storage library knows a time-out
         multiprocessing.pool.ThreadPool(1).apply_async(write_read_delete).get(timeout=15)
-    except (RunError, multiprocessing.TimeoutError) as error:
-        reason = str(error) or "no answer for 15 s"
-        raise RunError(f"no storage at {root}: {reason}; try: {DOCTOR} --output-uri {shlex.quote(root)}") from error
+    except multiprocessing.TimeoutError as error:
+        raise RunError(f"no storage at {root}: no answer for 15 s") from error
     if not task.is_offline():
         task.storage_uri = root  # for artifacts; task.output_uri = root would check once more
     print(f"Storage: {folder} (written, read back, deleted)")
     return folder
 
 
-def upload(path: Path, address: str) -> None:
-    """Upload a file and compare what the store then has, byte for byte. Raises RunError in the store's own words."""
-    words: list[str] = []  # the SDK raises "Upload failed" and logs the reason
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Raises RunError in the store's own words: the SDK raises "Upload failed", and logs the reason."""
+    words: list[str] = []
     log = logging.getLogger("clearml.storage")
 
     def listen(record: logging.LogRecord) -> bool:
@@ -329,25 +333,27 @@ def upload(path: Path, address: str) -> None:
 
     log.addFilter(listen)
     try:
-        StorageManager.upload_file(str(path), address)
-        copy = StorageManager.get_local_copy(address, extract_archive=False, force_download=True)
-        if not copy or not filecmp.cmp(path, copy, shallow=False):
-            raise RunError("what the store gives back is not what was uploaded")
+        yield
     except Exception as error:
-        raise RunError(words[0] if words else str(error)) from error
+        raise RunError(f"{what}: {words[0] if words else error}") from error
     finally:
         log.removeFilter(listen)
+
+
+def upload(path: Path, address: str) -> None:
+    """Upload a file and compare what the store then has, byte for byte."""
+    StorageManager.upload_file(str(path), address)
+    copy = StorageManager.get_local_copy(address, extract_archive=False, force_download=True)
+    if not copy or not filecmp.cmp(path, copy, shallow=False):
+        raise RunError("what the store gives back is not what was uploaded")
 
 
 def store_model(task: Task, model: Path, folder: str, net: Net, metadata: dict[str, object]) -> str:
     """Upload the model, prove it, and register it with the task, once. Returns its address, or an empty string."""
     address = f"{folder}/{model.name}" if folder else ""
     if folder:
-        try:
+        with storage_errors(f"the model is in {model}, but not at {address}"):
             upload(model, address)
-        except RunError as error:
-            doctor = f"{DOCTOR} --output-uri {shlex.quote(folder)}"
-            raise RunError(f"the model is in {model}, but not at {address}: {error}; try: {doctor}") from error
     if task.is_offline():  # where OutputModel does not work, and artifacts do
         task.upload_artifact("model", model, metadata={**metadata, "address": address}, wait_on_upload=True)
     else:
@@ -390,7 +396,7 @@ def close_task(task: Task, curves: list[Curve]) -> None:
         if online:
             raise RunError(f"{len(missing)} of {len(curves)} values did not reach the ClearML server")
     task.close()
-    if online and (status := Task.get_task(task.id).status) != Task.TaskStatusEnum.completed:
+    if online and Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
         raise RunError(f"the ClearML server has the task as {status}")
 
 
@@ -505,13 +511,14 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
 
 # --- main -------------------------------------------------------------------------------------------------------------
 class Ending:
-    """However a run ends early: one line on stderr, with what is saved and how to go on; and an end to it in 30 s."""
+    """However a run ends early: one line on stderr with what is saved and how to go on, and an end to it in 30 s."""
 
     checkpoint: Path | None = None
+    doctor = "uv run doctor.py"
 
     def tell(self, what: str, code: int, seconds: float = 30) -> None:
-        go_on = f"; saved, to go on: uv run {NAME} --resume {shlex.quote(str(self.checkpoint))}"
-        print(f"{NAME}: {what}{go_on if self.checkpoint else ''}", file=sys.stderr, flush=True)
+        saved = f"; saved, and to go on: uv run {NAME} --resume {shlex.quote(str(self.checkpoint))}"
+        print(f"{NAME}: {what}{saved if self.checkpoint else ''}", file=sys.stderr, flush=True)
         last_resort = threading.Timer(seconds, os._exit, [code])  # ClearML may wait for a server that is gone
         last_resort.daemon = True
         last_resort.start()
@@ -521,7 +528,7 @@ class Ending:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
             self.tell("interrupted", 130, 8)
         elif issubclass(kind, RunError | OSError | torch.OutOfMemoryError):
-            self.tell(f"error: {' '.join(str(error).split())}", 1)
+            self.tell(f"error: {' '.join(str(error).split())}; find the cause: {self.doctor}", 1)
         else:  # a defect, and no user's mistake
             sys.__excepthook__(kind, error, trace)
 
@@ -536,9 +543,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, ending.terminate)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each epoch at once
     args, checkpoint = parse_args()
+    ending.doctor += f" --output-uri {shlex.quote(args.output_uri)}" if args.output_uri else ""
     started = time.perf_counter()
     task = start_task(args, checkpoint)
-    task.register_abort_callback(lambda: ending.tell("aborted in the web UI", 1))
+    if not task.is_offline():
+        task.register_abort_callback(lambda: ending.tell("aborted in the web UI", 1))
     folder = checkpoint.get("folder") or args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
     folder.mkdir(parents=True, exist_ok=True)
     storage = choose_storage(task, args.output_uri)
@@ -604,9 +613,8 @@ def main() -> None:
     test_loss, accuracy = score(log_probs, test_labels)
     model = folder / "model.pt"
     save(net.state_dict(), model)
+    address = store_model(task, model, storage, net, {"accuracy": accuracy, "epoch": args.epochs, **vars(args)})
     report_results(task, folder, args.epochs * steps, test_images.cpu(), test_labels, log_probs)
-    metadata = {"accuracy": accuracy, "epoch": args.epochs, **vars(args)}
-    address = store_model(task, model, storage, net, metadata)
     seconds = time.perf_counter() - started
     for name, value in {"final accuracy": accuracy, "final loss": test_loss, "seconds": seconds}.items():
         task.get_logger().report_single_value(name, value)

@@ -125,7 +125,10 @@ class Query(NamedTuple):
 QUERIES = {
     "tasks": Query(
         ("name", "comment"),
-        ("id", "user", "tags", "system_tags", "type", "status", "project", "parent", "execution.queue"),
+        (
+            *("id", "user", "tags", "system_tags", "type", "status", "project", "parent"),
+            *("execution.queue", "models.input.model"),
+        ),
         dates=("status_changed", "last_update", "last_change", "created", "started"),
         hidden=("enqueue_status", "unique_metrics"),
     ),
@@ -211,7 +214,10 @@ def _md5(text: str) -> str:
 def _get(doc: Doc, path: str) -> Any:
     value: Any = doc
     for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = [item.get(key) for item in value]
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
     return value
 
 

@@ -41,6 +41,7 @@ class Machine:
     def environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         extra = {"HOME": str(self.home), "PYTHON_DOTENV_DISABLED": "1"}  # the checkout's .env belongs to the developer
+        extra["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads leave the processor to the servers of the test
         return {**mine, **extra, **self.variables}
 
     def start(self, script: str | Path, *arguments: object, **options: object) -> subprocess.Popen[str]:

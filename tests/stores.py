@@ -74,6 +74,10 @@ class Store:
         """The target as the user writes it."""
         return f"s3://{self.host}/{self.bucket}/{path}".rstrip("/")
 
+    def environment(self) -> dict[str, str]:
+        """The variables with which the target needs no clearml.conf."""
+        raise NotImplementedError
+
     def command(self) -> list[str]:
         raise NotImplementedError
 
