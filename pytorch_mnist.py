@@ -12,6 +12,7 @@ Without a ClearML server it trains all the same, and records a ClearML offline s
 """
 
 import argparse
+import atexit
 import csv
 import filecmp
 import io
@@ -49,7 +50,9 @@ from clearml import OutputModel, StorageManager, Task
 from clearml.backend_api.session.session import LoginError, Session
 from clearml.backend_config import ConfigurationError
 from clearml.backend_config.defs import get_active_config_file
+from clearml.backend_interface.session import SendError
 from clearml.config import config_obj
+from clearml.utilities.process.exit_hooks import ExitHooks
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -104,12 +107,21 @@ def load_mnist(folder: Path, train: bool, device: torch.device) -> tuple[Tensor,
                 unpacked, crc = packed.with_suffix(""), int.from_bytes(packed.read_bytes()[-8:-4], "little")
                 if unpacked.exists() and zlib.crc32(unpacked.read_bytes()) != crc:
                     unpacked.unlink()
+            check_files(folder / "MNIST/raw")
             socket.setdefaulttimeout(10)  # a mirror that does not answer
             mnist = datasets.MNIST(folder, train=train, download=True)
             socket.setdefaulttimeout(None)
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"no MNIST in {folder} ({error}): get the .gz files of {HERE / 'data/MNIST/raw'}") from error
     return mnist.data.to(device), mnist.targets.to(device)
+
+
+def check_files(raw: Path) -> None:
+    """Raises ValueError with the name of an unpacked file that is not whole, or not the one of its name."""
+    for path in raw.glob("*-ubyte"):
+        count = 60_000 if path.name.startswith("train") else 10_000
+        if path.stat().st_size != (16 + count * 28 * 28 if "images" in path.name else 8 + count):
+            raise ValueError(f"{path.name} is damaged")
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -180,9 +192,12 @@ def start_task(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Task:
         )
     except ConfigurationError as error:
         raise RunError(f"clearml.conf: {error}") from error
-    except (LoginError, ValueError) as error:
+    except (LoginError, SendError, ValueError) as error:
         where = "CLEARML_API_ACCESS_KEY" if os.getenv("CLEARML_API_ACCESS_KEY") else get_active_config_file()
-        raise RunError(f"the ClearML server refused: {error} (credentials: {where})") from error
+        new = f"{Session.get_app_server_host()}/settings/workspace-configuration"
+        raise RunError(f"the ClearML server refused: {error} (credentials: {where}; new ones: {new})") from error
+    if task._detect_repo_async_thread:  # a run that ends before it would have ClearML kill it, and hang over that
+        task._detect_repo_async_thread.join(timeout=10)
     if Task.running_locally() and not resumed:
         task.set_comment(f"python {shlex.join([NAME, *sys.argv[1:]])}")
     return task
@@ -220,6 +235,19 @@ def check_server() -> None:
         raise RunError(f"no ClearML API server at {host}: something else answers there") from error
     except requests.RequestException as error:
         raise RunError(f"no answer from the ClearML API server {host}; without it: --offline") from error
+
+
+def await_server(task: Task) -> None:
+    """Wait for the server, for a minute at most: each of ClearML's own requests would. Raises RunError."""
+    for attempt in range(0 if task.is_offline() else 12):
+        try:
+            check_server()
+            break
+        except RunError:
+            if attempt == 11:
+                raise
+            print("waiting for the ClearML server to come back")
+            time.sleep(5)
 
 
 def report_setup(task: Task, net: Net, optimizer: torch.optim.Optimizer, schedule: OneCycleLR) -> None:
@@ -354,6 +382,7 @@ def store_model(task: Task, model: Path, folder: str, net: Net, metadata: dict[s
     if folder:
         with storage_errors(f"the model is in {model}, but not at {address}"):
             upload(model, address)
+    await_server(task)
     if task.is_offline():  # where OutputModel does not work, and artifacts do
         task.upload_artifact("model", model, metadata={**metadata, "address": address}, wait_on_upload=True)
     else:
@@ -379,24 +408,21 @@ def report(task: Task, curves: list[Curve]) -> None:
 
 
 def close_task(task: Task, curves: list[Curve]) -> None:
-    """Close the task and see on the server that nothing is missing. Raises RunError, within a minute or so."""
-    online, missing = not task.is_offline(), curves
-    for attempt in range(12 if online else 0):
-        try:
-            check_server()
+    """Close the task, and see on the server that nothing is missing. Raises RunError, after a minute at most."""
+    await_server(task)
+    if not task.is_offline():
+        for pause in (0.2, 1, 2, 0, 1, 2, 5):
             task.flush(wait_for_uploads=True)
             if not (missing := unreported(task, curves)):
                 break
-            if attempt == 5:  # lost, not late
+            if not pause:  # not late, but lost
                 report(task, missing)
-        except RunError:
-            print("waiting for the ClearML server to come back")
-        time.sleep(0.2 if attempt < 2 else 5)
-    else:
-        if online:
+            time.sleep(pause)
+        else:
             raise RunError(f"{len(missing)} of {len(curves)} values did not reach the ClearML server")
+    online = not task.is_offline() and Task.running_locally()  # else an agent completes the task
     task.close()
-    if online and Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
+    if online and (status := Task.get_task(task.id).status) != "completed":
         raise RunError(f"the ClearML server has the task as {status}")
 
 
@@ -412,6 +438,7 @@ def save(state: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
@@ -419,6 +446,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save` wrote, tensors and plain values only: nothing in the file is executed. Raises RunError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"net", "optimizer", "schedule", "generator", "epoch", "curves", "task", "args"} - set(state):
+            raise TypeError(f"no checkpoint of this script, without {', '.join(sorted(missing))}")
         Net().load_state_dict(state["net"])
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
@@ -438,6 +467,13 @@ def number(kind: Callable[[str], float], low: float, high: float = 1e9) -> Calla
 
     parse.__name__ = kind.__name__  # argparse's message names it
     return parse
+
+
+def label(text: str) -> str:
+    """An argparse type: a name that ClearML takes, and whose files it finds again."""
+    if len(text.strip()) < 3 or '"' in text:
+        raise argparse.ArgumentTypeError("three characters or more, and no double quote")
+    return text
 
 
 def device(text: str) -> str:
@@ -470,8 +506,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
         epilog="Without a ClearML server the run is recorded as an offline session. The set-up is in README.md.",
     )
     clearml = parser.add_argument_group("ClearML")
-    clearml.add_argument("--project-name", default="mnist-training-poc", help="project of the task")
-    clearml.add_argument("--task-name", default="pytorch_mnist", help="name of the task")
+    clearml.add_argument("--project-name", type=label, default="mnist-training-poc", help="project of the task")
+    clearml.add_argument("--task-name", type=label, default="pytorch_mnist", help="name of the task")
     uri = os.getenv("CLEARML_OUTPUT_URI", "")
     where = (
         "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://... or a folder; empty: file server"
@@ -511,41 +547,67 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
 
 # --- main -------------------------------------------------------------------------------------------------------------
 class Ending:
-    """However a run ends early: one line on stderr with what is saved and how to go on, and an end to it in 30 s."""
+    """However a run ends early: one line on stderr with what is saved and how to go on, the exit code, and no hang."""
 
     checkpoint: Path | None = None
     doctor = "uv run doctor.py"
+    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}  # noqa: RUF012
+    code = 0
+    postponing = False
+
+    def __init__(self) -> None:
+        sys.excepthook = self.except_hook  # Task.init wraps it, and has a task as failed, or as stopped
+        atexit.register(self.leave)  # before Task.init registers its own, and so called after it
+        for number in self.words:
+            signal.signal(number, self.interrupt)
+        # ClearML's own handler kills threads that hold locks, and hangs.
+        ExitHooks.signal_handler = lambda _, number, frame: self.interrupt(number, frame)
+
+    def interrupt(self, number: int, _: object) -> None:
+        for other in self.words:
+            signal.signal(other, signal.SIG_IGN)  # an impatient second one
+        if not self.code:
+            self.tell(self.words.get(signal.Signals(number), "ended"), 128 + number, 8)
+            if not self.postponing:
+                raise KeyboardInterrupt  # after which ClearML has a task as stopped, not as failed
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """No interruption in here: a task half made could not be marked as stopped."""
+        self.postponing = True
+        yield
+        self.postponing = False
+        if self.code:
+            raise KeyboardInterrupt
+
+    def except_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, RunError | OSError | torch.OutOfMemoryError):
+            self.tell(f"error: {' '.join(str(error).split())}; find the cause: {self.doctor}", 1)
+        elif not isinstance(error, KeyboardInterrupt):  # a defect, and no user's mistake
+            sys.__excepthook__(kind, error, trace)
 
     def tell(self, what: str, code: int, seconds: float = 30) -> None:
         saved = f"; saved, and to go on: uv run {NAME} --resume {shlex.quote(str(self.checkpoint))}"
         print(f"{NAME}: {what}{saved if self.checkpoint else ''}", file=sys.stderr, flush=True)
+        self.code = code
         last_resort = threading.Timer(seconds, os._exit, [code])  # ClearML may wait for a server that is gone
         last_resort.daemon = True
         last_resort.start()
 
-    def except_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second one
-            self.tell("interrupted", 130, 8)
-        elif issubclass(kind, RunError | OSError | torch.OutOfMemoryError):
-            self.tell(f"error: {' '.join(str(error).split())}; find the cause: {self.doctor}", 1)
-        else:  # a defect, and no user's mistake
-            sys.__excepthook__(kind, error, trace)
-
-    def terminate(self, *_: object) -> None:
-        self.tell("terminated", 143, 8)
-        sys.exit(143)
+    def leave(self) -> None:
+        if self.code:
+            sys.stdout.flush()
+            os._exit(self.code)
 
 
 def main() -> None:
     ending = Ending()
-    sys.excepthook = ending.except_hook  # before Task.init, which wraps both: a task ends as failed or stopped
-    signal.signal(signal.SIGTERM, ending.terminate)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log file shows each epoch at once
     args, checkpoint = parse_args()
     ending.doctor += f" --output-uri {shlex.quote(args.output_uri)}" if args.output_uri else ""
     started = time.perf_counter()
-    task = start_task(args, checkpoint)
+    with ending.postponed():
+        task = start_task(args, checkpoint)
     if not task.is_offline():
         task.register_abort_callback(lambda: ending.tell("aborted in the web UI", 1))
     folder = checkpoint.get("folder") or args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
@@ -614,7 +676,10 @@ def main() -> None:
     model = folder / "model.pt"
     save(net.state_dict(), model)
     address = store_model(task, model, storage, net, {"accuracy": accuracy, "epoch": args.epochs, **vars(args)})
-    report_results(task, folder, args.epochs * steps, test_images.cpu(), test_labels, log_probs)
+    try:
+        report_results(task, folder, args.epochs * steps, test_images.cpu(), test_labels, log_probs)
+    except OSError as error:
+        raise RunError(f"cannot write into {folder}: {error.strerror}") from error
     seconds = time.perf_counter() - started
     for name, value in {"final accuracy": accuracy, "final loss": test_loss, "seconds": seconds}.items():
         task.get_logger().report_single_value(name, value)
