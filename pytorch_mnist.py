@@ -117,11 +117,17 @@ def load_mnist(folder: Path, train: bool, device: torch.device) -> tuple[Tensor,
 
 
 def check_files(raw: Path) -> None:
-    """Raises ValueError with the name of an unpacked file that is not whole, or not the one of its name."""
-    for path in raw.glob("*-ubyte"):
-        count = 60_000 if path.name.startswith("train") else 10_000
-        if path.stat().st_size != (16 + count * 28 * 28 if "images" in path.name else 8 + count):
-            raise ValueError(f"{path.name} is damaged")
+    """Raises ValueError with the names of unpacked files that are not whole, or do not belong together."""
+    for part in ("train", "t10k"):
+        counts = {}
+        for path in sorted(raw.glob(f"{part}-*-ubyte")):
+            content = path.read_bytes()  # a header of 32-bit numbers, the sizes among them, and then the pixels
+            shape = [int.from_bytes(content[at : at + 4]) for at in range(4, 4 + 4 * (content[3] if content else 0), 4)]
+            if len(content) != 4 + 4 * len(shape) + math.prod(shape):
+                raise ValueError(f"{path.name} is damaged")
+            counts[path.name] = shape[0]
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{' and '.join(counts)} do not belong together")
 
 
 def normalise(images: Tensor) -> Tensor:
