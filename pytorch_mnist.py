@@ -507,6 +507,7 @@ def storage_uri(text: str) -> str:
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments and, with --resume, the checkpoint that they continue."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description="Train a small network on MNIST and track the run with ClearML.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Without a ClearML server the run is recorded as an offline session. The set-up is in README.md.",
