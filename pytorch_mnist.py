@@ -8,7 +8,13 @@
 
 Without a ClearML server it trains all the same, and records a ClearML offline session. On 2 CPU cores it prints:
 
-    EXPECTED
+    ClearML: offline session, because no server is configured (no ~/clearml.conf, no CLEARML_API_... variables)
+    epoch 1/4  train loss 0.1899  test loss 0.0589  test accuracy 97.98%  lr 0.1485  9,811 images/s
+    ...
+    epoch 4/4  train loss 0.0244  test loss 0.0169  test accuracy 99.49%  lr 0.0000  8,110 images/s
+    Test accuracy 99.49% after 4 epochs, 32.5 s
+    Model: outputs/20261123-210539-f8628d04/model.pt
+    To take the session to a server: uv run clearml-task --import-offline-session ~/.clearml/cache/offline/....zip
 """
 
 import argparse
