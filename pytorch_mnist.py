@@ -394,7 +394,10 @@ def store_model(task: Task, model: Path, folder: str, net: Net, metadata: dict[s
     if folder:
         with storage_errors(f"the model is in {model}, but not at {address}"):
             upload(model, address)
-    await_server(task)
+    try:
+        await_server(task)
+    except RunError as error:
+        raise RunError(f"{error}; the model is in {model}, and the last reports did not reach the server") from error
     if task.is_offline():  # where OutputModel does not work, and artifacts do
         task.upload_artifact("model", model, metadata={**metadata, "address": address}, wait_on_upload=True)
     else:
@@ -651,6 +654,8 @@ def main() -> None:
         torch.set_rng_state(checkpoint["generator"])
         curves = [tuple(point) for point in checkpoint["curves"]]
         report(task, unreported(task, curves))
+        if task.is_offline():
+            print("offline, so in a new session, with all curves; the console before is in the old one")
         print(f"resumed after epoch {checkpoint['epoch']} from {ending.checkpoint}")
 
     log_probs = None
