@@ -106,34 +106,24 @@ def load_mnist(folder: Path, train: bool, device: torch.device) -> tuple[Tensor,
     them. The set is small: one tensor, indexed, needs no DataLoader workers and is faster than they are.
     Raises RunError where the files are neither there nor to be had.
     """
+    raw = folder / "MNIST/raw"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        raw.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # torchvision unpacks in place, and two first runs may meet
-            for packed in (folder / "MNIST/raw").glob("*.gz"):  # it also takes a half unpacked file as good
+            for packed in raw.glob("*.gz"):  # it also takes a half unpacked file as good
                 unpacked, crc = packed.with_suffix(""), int.from_bytes(packed.read_bytes()[-8:-4], "little")
                 if unpacked.exists() and zlib.crc32(unpacked.read_bytes()) != crc:
                     unpacked.unlink()
-            check_files(folder / "MNIST/raw")
             socket.setdefaulttimeout(10)  # a mirror that does not answer
             mnist = datasets.MNIST(folder, train=train, download=True)
-            socket.setdefaulttimeout(None)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunError(f"no MNIST in {folder} ({error}): get the .gz files of {HERE / 'data/MNIST/raw'}") from error
+        if len(mnist.data) != len(mnist.targets):
+            raise ValueError("images and labels do not belong together")
+    except (OSError, RuntimeError, ValueError, IndexError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        if "ubyte" not in reason:  # torchvision names what it cannot download, but not what it cannot read
+            reason = f"{' or '.join(sorted(path.name for path in raw.glob('train*' if train else 't10k*')))}: {reason}"
+        raise RunError(f"no MNIST in {raw}: {reason}; good files: {HERE / 'data/MNIST/raw'}/*.gz") from error
     return mnist.data.to(device), mnist.targets.to(device)
-
-
-def check_files(raw: Path) -> None:
-    """Raises ValueError with the names of unpacked files that are not whole, or do not belong together."""
-    for part in ("train", "t10k"):
-        counts = {}
-        for path in sorted(raw.glob(f"{part}-*-ubyte")):
-            content = path.read_bytes()  # a header of 32-bit numbers, the sizes among them, and then the pixels
-            shape = [int.from_bytes(content[at : at + 4]) for at in range(4, 4 + 4 * (content[3] if content else 0), 4)]
-            if len(content) != 4 + 4 * len(shape) + math.prod(shape):
-                raise ValueError(f"{path.name} is damaged")
-            counts[path.name] = shape[0]
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"{' and '.join(counts)} do not belong together")
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -143,6 +133,14 @@ def normalise(images: Tensor) -> Tensor:
 
 
 # --- training and evaluation ----------------------------------------------------------------------------------------
+def make_optimizer(
+    net: Net, lr: float, momentum: float, weight_decay: float, steps: int
+) -> tuple[torch.optim.SGD, OneCycleLR]:
+    """SGD with Nesterov's momentum; its learning rate rises to `lr` and falls to nothing within `steps` batches."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    return optimizer, OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2, cycle_momentum=False)
+
+
 def train_epoch(
     net: Net, optimizer: torch.optim.Optimizer, schedule: LRScheduler, images: Tensor, labels: Tensor, batch_size: int
 ) -> list[float]:
@@ -154,8 +152,9 @@ def train_epoch(
     terminal = open(2, "w", closefd=False)  # noqa: SIM115
     with tqdm(total=len(images), unit=" images", file=terminal, disable=None, leave=False) as bar:
         for step, batch in enumerate(batches):
-            shift = torch.randint(-1, 2, (2,)).tolist()  # by up to one pixel: the same digit, another image
-            outputs = net(torch.roll(normalise(images[batch]), shift, dims=(2, 3)))
+            parts = normalise(images[batch]).chunk(8)  # each shifted by up to one pixel: the same digits, new images
+            shifted = [torch.roll(part, torch.randint(-1, 2, (2,)).tolist(), dims=(2, 3)) for part in parts]
+            outputs = net(torch.cat(shifted))
             loss = functional.cross_entropy(outputs, labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -297,20 +296,17 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
     table.insert(0, ["digit", "precision", "recall", "F1", "support"])
     logger.report_table("per digit", "test", step, table_plot=table)
 
-    cell, font = 64, ImageFont.load_default(20)
-    picture = Image.new("RGB", (11 * cell, 11 * cell), "white")
+    cells, font, size = [["label\\pred.", *DIGITS]], ImageFont.load_default(20), 64
+    cells += [[digit, *map(str, row)] for digit, row in zip(DIGITS, hits.tolist(), strict=True)]
+    picture = Image.new("RGB", (11 * size, 11 * size), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text(
-        (cell / 2, cell / 2), "label \\\npredicted", "black", ImageFont.load_default(12), anchor="mm", align="center"
-    )
     for row, column in itertools.product(range(11), repeat=2):
-        middle, count = ((column + 0.5) * cell, (row + 0.5) * cell), int(hits[row - 1, column - 1])
-        if row == 0 or column == 0:
-            draw.text(middle, str(max(row, column) - 1) if row != column else "", "black", font, anchor="mm")
-        elif count:
-            ink, paper = ("white", "royalblue") if row == column else ("black", "mistyrose")
-            draw.rectangle((column * cell, row * cell, (column + 1) * cell - 2, (row + 1) * cell - 2), paper)
-            draw.text(middle, str(count), ink, font, anchor="mm")
+        text, paper = cells[row][column], "lightskyblue" if row == column else "mistyrose"
+        if row and column and text != "0":
+            draw.rectangle((column * size, row * size, (column + 1) * size - 2, (row + 1) * size - 2), paper)
+        if text != "0" or not row * column:
+            middle = (column + 0.5) * size, (row + 0.5) * size
+            draw.text(middle, text, "black", font if len(text) < 5 else ImageFont.load_default(12), anchor="mm")
     picture.save(folder / "confusion_matrix.png")
 
     mistakes = (predicted != labels).nonzero().flatten()
@@ -462,7 +458,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := {"net", "optimizer", "schedule", "generator", "epoch", "curves", "task", "args"} - set(state):
-            raise TypeError(f"no checkpoint of this script, without {', '.join(sorted(missing))}")
+            raise TypeError(f"not a checkpoint of this script, without {', '.join(sorted(missing))}")
         Net().load_state_dict(state["net"])
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
@@ -475,8 +471,7 @@ def number(kind: Callable[[str], float], low: float, high: float = 1e9) -> Calla
     """An argparse type: a number from `low` to `high`, which NaN is not."""
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
@@ -539,7 +534,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     train.add_argument("--epochs", type=number(int, 1), default=4, help="passes over the training set")
     train.add_argument("--batch-size", type=number(int, 2), default=128, help="images in a training batch")
     train.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="images in a test batch")
-    train.add_argument("--lr", type=number(float, 1e-9), default=0.15, help="highest learning rate of OneCycleLR")
+    train.add_argument("--lr", type=number(float, 1e-9), default=0.3, help="highest learning rate of OneCycleLR")
     train.add_argument("--momentum", type=number(float, 0, 0.999), default=0.9, help="momentum of SGD (Nesterov)")
     train.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="weight decay of SGD")
     train.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="seed of all random generators")
@@ -557,8 +552,13 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     if not args.resume and not found:
         parser.error(f"argument --resume: no checkpoint below {args.output_dir}")
     checkpoint = load_checkpoint(Path(args.resume) if args.resume else found[-1])
-    parser.set_defaults(**checkpoint["args"])  # so that what is given now wins
-    return parser.parse_args(), checkpoint
+    began = checkpoint["args"]
+    parser.set_defaults(**began)  # so that what is given now wins
+    args = parser.parse_args()
+    for name in ("project_name", "task_name", "epochs", "batch_size", "lr", "momentum", "weight_decay", "seed"):
+        if getattr(args, name) != began[name]:
+            parser.error(f"argument --resume: --{name.replace('_', '-')} was {began[name]}, and cannot change now")
+    return args, checkpoint
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -640,10 +640,8 @@ def main() -> None:
     test_labels = test_labels.cpu()
 
     net = Net().to(device).to(memory_format=torch.channels_last)
-    momentum = {"momentum": args.momentum, "nesterov": args.momentum > 0}
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, weight_decay=args.weight_decay, **momentum)
     steps = math.ceil(len(images) / args.batch_size)
-    schedule = OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2, cycle_momentum=False)
+    optimizer, schedule = make_optimizer(net, args.lr, args.momentum, args.weight_decay, args.epochs * steps)
     report_setup(task, net, optimizer, schedule)
     parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "schedule": schedule}
     curves: list[Curve] = []

@@ -15,6 +15,7 @@ import json
 import math
 import operator
 import re
+import signal
 import struct
 import threading
 import time
@@ -357,6 +358,8 @@ class ClearMLServer:
             server.server_close()
             thread.join()
         self._running.clear()
+        received = (self.requests, self.tasks, self.models, self.events)
+        (self.files_folder.parent / "received.txt").write_text(repr(received))  # for the search for secrets
 
     def configuration(self) -> str:
         """The text of a clearml.conf for this server."""
@@ -1336,6 +1339,7 @@ class ClearMLServer:
 
 
 def _main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     with TemporaryDirectory() as folder:
         server = ClearMLServer(Path(folder))
         server.start()

@@ -1,9 +1,13 @@
 """What the tests share: the real scripts, started as a user starts them, in a HOME of their own."""
 
+import gzip
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +16,7 @@ from uuid import uuid4
 
 import pytest
 from clearml_server import ClearMLServer
+from stores import SeaweedFS, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
@@ -26,8 +31,14 @@ for project in APIClient().projects.get_all(name=f"^{sys.argv[1]}$", only_fields
     APIClient().projects.delete(project=project.id)
 """
 
-# What a user's machine may have set, and a test must not see.
-FOREIGN = ("CLEARML_", "TRAINS_", "AWS_", "GOOGLE_", "STORAGE_", "AZURE_", "CUDA_")
+# Every right key of the tests, and the wrong ones: a typo in a secret is a secret, too.
+SECRETS = (Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret")
+CONFIGURATION = re.compile(r"\.env|.*\.conf|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
+
+MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+# What a user's machine may have set, and a test must not see. Without bytecode each start takes seconds longer.
+FOREIGN = ("PYTHONDONTWRITEBYTECODE", "CLEARML_", "TRAINS_", "AWS_", "GOOGLE_", "STORAGE_", "AZURE_", "CUDA_")
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Machine:
     def environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         extra = {"HOME": str(self.home), "PYTHON_DOTENV_DISABLED": "1"}  # the checkout's .env belongs to the developer
-        extra["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads leave the processor to the servers of the test
+        extra["OMP_NUM_THREADS"] = "1"  # tests run side by side
         return {**mine, **extra, **self.variables}
 
     def start(self, script: str | Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -56,6 +67,7 @@ class Machine:
             stdout, stderr = process.communicate(timeout=timeout)
         finally:
             process.kill()
+        assert not [secret for secret in SECRETS if secret in stdout + stderr]
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def train(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -97,11 +109,43 @@ def module_machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine(home)
 
 
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Options for a training of 3 short epochs' batches each: the first 6,000 and 1,000 images of MNIST."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "MNIST/raw").mkdir(parents=True)
+    for name in MNIST_FILES:
+        content = gzip.decompress((ROOT / f"data/MNIST/raw/{name}.gz").read_bytes())
+        count, head, size = 6000 if "train" in name else 1000, 16 if "images" in name else 8, 784
+        end = head + count * (size if "images" in name else 1)
+        small = content[:4] + struct.pack(">I", count) + content[8:end]
+        (folder / "MNIST/raw" / name).write_bytes(small)
+    return ["--data-dir", folder, "--batch-size", 2000, "--log-interval", 1]
+
+
 @pytest.fixture(autouse=True)
 def no_variables_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith(FOREIGN):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_went_anywhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After all tests: what servers and stores received, checkpoints, sessions. Machine.run looks at the output."""
+    yield
+    leaks = []
+    # A task holds the checkout's uncommitted changes, and these tests' own sources may be among them.
+    changes = subprocess.run(["git", "diff", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    secrets = [secret.encode() for secret in SECRETS if secret not in changes]
+    for path in tmp_path_factory.getbasetemp().rglob("*"):
+        if path.is_file() and not path.is_symlink() and not CONFIGURATION.fullmatch(path.name):
+            contents = [path.read_bytes()]
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as packed:
+                    contents += map(packed.read, packed.namelist())
+            leaks += [path for secret in secrets if secret in b"".join(contents)]
+    assert not leaks
 
 
 class LiveServer:

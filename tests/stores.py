@@ -14,8 +14,9 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -270,3 +271,35 @@ class FakeGCS(Store):
     def get(self, key: str) -> bytes:
         with closing(self.client()) as gcs:
             return bytes(gcs.bucket(self.bucket).blob(key).download_as_bytes(timeout=10))
+
+
+class Plug:
+    """A port before a store's, on which the store can be lost in the middle of an upload."""
+
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.store = self.listener.getsockname()[1], port
+        self.host = f"127.0.0.1:{self.port}"
+        self.bytes_left: int | None = None  # None: all pass
+        self.pulled = False
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while not self.pulled:
+            with suppress(OSError):
+                client, _ = self.listener.accept()
+                store = socket.create_connection(("127.0.0.1", self.store))
+                for source, sink, counted in ((client, store, True), (store, client, False)):
+                    threading.Thread(target=self.pump, args=(source, sink, counted), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+        with suppress(OSError), source, sink:
+            while data := source.recv(4096):
+                sink.sendall(data)
+                if counted and self.bytes_left is not None:
+                    self.bytes_left -= len(data)
+                    if self.bytes_left <= 0:
+                        self.pulled = True
+                        self.listener.close()
+                        for end in (source, sink):
+                            end.shutdown(socket.SHUT_RDWR)

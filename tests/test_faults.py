@@ -16,7 +16,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -29,17 +28,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import MNIST_FILES, ROOT, SECRETS, Machine
 from stores import Rclone, free_port
 from test_example import read_session
 
 import pytorch_mnist
 
-pytestmark = pytest.mark.skipif(
-    not os.getenv("FAULTS"), reason="under way: not every row of the table holds yet; FAULTS=1 runs them"
-)
-
-FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 LONG = 10_000  # epochs that no test waits for
 BUSY = 15  # seconds that a machine with other work may lose; a run's start alone takes 4 when idle
 SPEED = ("images per second", "train")  # the one curve that no two runs share
@@ -92,6 +86,7 @@ class Run:
             pytest.fail(f"not at an end after {seconds} s\n{self.everything}")
         for reader in self.readers:
             reader.join(timeout=10)
+        assert not [secret for secret in SECRETS if secret in self.everything]
         return code
 
     @property
@@ -145,20 +140,6 @@ def online(machine: Machine, server: ClearMLServer) -> ClearMLServer:
     """The server, in the machine's clearml.conf."""
     machine.configure(server.configuration())
     return server
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options for a training of 3 short epochs' batches each: the first 6,000 and 1,000 images of MNIST."""
-    folder = tmp_path_factory.mktemp("few")
-    (folder / "MNIST/raw").mkdir(parents=True)
-    for name in FILES:
-        content = gzip.decompress((ROOT / f"data/MNIST/raw/{name}.gz").read_bytes())
-        count, head, size = 6000 if "train" in name else 1000, 16 if "images" in name else 8, 784
-        end = head + count * (size if "images" in name else 1)
-        small = content[:4] + struct.pack(">I", count) + content[8:end]
-        (folder / "MNIST/raw" / name).write_bytes(small)
-    return ["--data-dir", folder, "--batch-size", 2000, "--log-interval", 1]
 
 
 class Finished(NamedTuple):
@@ -380,10 +361,12 @@ def test_sigterm_stops_the_task_and_names_the_checkpoint(
         assert named_checkpoint(run, machine)["epoch"] >= 2
 
 
-def test_sigterm_during_the_upload(begin: Begin, machine: Machine, online: ClearMLServer, tmp_path: Path) -> None:
+def test_sigterm_during_the_upload(
+    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], tmp_path: Path
+) -> None:
     with Rclone(tmp_path / "rclone") as store:
         machine.configure(online.configuration(), store.clearml_conf())
-        run = begin("--epochs", 2, "--batch-size", 2000, "--output-uri", store.uri())
+        run = begin(*few, "--epochs", 2, "--output-uri", store.uri())
         run.wait_for("epoch 1/2")
         store.stop()
         with socket.create_server(("127.0.0.1", store.port)) as listener:  # the upload waits for its answer
@@ -486,14 +469,14 @@ def test_resume_offline_goes_on_in_a_new_session_that_has_the_whole_run(
 
 def test_resume_with_another_training_is_refused(begin: Begin, online: ClearMLServer, uninterrupted: Finished) -> None:
     run = begin("--resume", uninterrupted.folder / "checkpoint.pt", "--epochs", 9)
-    assert run.end() == 2
+    assert run.end() == 2, run.everything
     assert "argument --resume: --epochs" in run.line
     assert not online.tasks
 
 
 def test_resume_without_a_checkpoint_says_so(begin: Begin, machine: Machine) -> None:
     run = begin("--resume")
-    assert run.end() == 2
+    assert run.end() == 2, run.everything
     assert "no checkpoint below outputs" in run.line
     assert not list(machine.home.iterdir())
 
@@ -542,7 +525,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
     fits = names[: max(1, names.index(full_at))]
     small_disk(pages(*(uninterrupted.folder / name for name in fits)))
     run = begin(*few, "--epochs", 2 if full_at == "checkpoint.pt" else 1)
-    assert run.end() == 1
+    assert run.end() == 1, run.everything
     path = full_at if full_at in ("checkpoint.pt", "model.pt") else ""
     assert re.search(rf"error: cannot write .*outputs/\S*{path}: No space left on device", run.line), run.line
     assert statuses(online) == ["failed"]
@@ -564,7 +547,7 @@ def test_a_disk_that_becomes_read_only(
             break
         except subprocess.CalledProcessError:
             time.sleep(0.02)
-    assert run.end() == 1
+    assert run.end() == 1, run.everything
     assert "checkpoint.pt" in run.line
     assert "Read-only file system" in run.line
     assert statuses(online) == ["failed"]
@@ -574,7 +557,7 @@ def test_a_disk_that_becomes_read_only(
 def test_an_output_folder_that_cannot_be_made(begin: Begin, machine: Machine, online: ClearMLServer) -> None:
     (machine.home / "outputs").write_text("a file")
     run = begin("--dry-run")
-    assert run.end() == 1
+    assert run.end() == 1, run.everything
     assert "outputs" in run.line
     assert re.search("Not a directory|File exists", run.line)
     assert statuses(online) in ([], ["failed"])
@@ -596,13 +579,13 @@ def raw(tmp_path: Path) -> Path:
     """The folder of a user's own copy of the data, packed files only; its --data-dir is two folders up."""
     folder = tmp_path / "data/MNIST/raw"
     folder.mkdir(parents=True)
-    for name in FILES:
+    for name in MNIST_FILES:
         shutil.copy(ROOT / f"data/MNIST/raw/{name}.gz", folder)
     return folder
 
 
 def unpack(raw: Path) -> None:
-    for name in FILES:
+    for name in MNIST_FILES:
         (raw / name).write_bytes(gzip.decompress((raw / f"{name}.gz").read_bytes()))
 
 
@@ -660,7 +643,7 @@ def test_first_runs_that_are_killed_or_meet_unpack_the_data_well(begin: Begin, n
     both = [begin("--dry-run", "--data-dir", raw.parent.parent) for _ in range(2)]
     for run in both:
         assert run.end() == 0, run.everything
-    for name in FILES:
+    for name in MNIST_FILES:
         assert (raw / name).read_bytes() == gzip.decompress((raw / f"{name}.gz").read_bytes())
 
 
@@ -756,7 +739,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_that_epoch(
 # --- 18: devices -----------------------------------------------------------------------------------------------------
 def test_a_device_that_is_not_there_is_refused(begin: Begin, machine: Machine, online: ClearMLServer) -> None:
     run = begin("--dry-run", "--device", "cuda:99")
-    assert run.end() == 2
+    assert run.end() == 2, run.everything
     assert "no device 'cuda:99' on this machine" in run.line
     assert run.stderr.splitlines()[-1] == run.line
     assert not online.tasks

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine
-from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
+from stores import CHECKSUM, FakeGCS, Plug, Rclone, S3Store, SeaweedFS, Store, free_port
 from test_doctor import silent
 from test_example import EPOCH, evaluate
 
@@ -291,3 +291,38 @@ def test_a_store_that_dies_while_training_costs_no_training(
         assert store.get(key) == model.read_bytes()
         assert task["status"] == "completed"
         assert [entry["uri"] for entry in stand_in.models.values() if entry["task"] == task["id"]] == [model_url(run)]
+
+
+def test_a_store_that_dies_in_the_middle_of_the_upload(
+    machine: Machine, stand_in: ClearMLServer, few: list[object], tmp_path: Path
+) -> None:
+    with Rclone(tmp_path / "store") as store:
+        plug = Plug(store.port)
+        machine.configure(stand_in.configuration(), store.clearml_conf(host=plug.host))
+        uri = f"s3://{plug.host}/{store.bucket}"
+        process = machine.start("pytorch_mnist.py", *few, "--epochs", 3, "--output-uri", uri)
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("Storage: "):
+                break
+        plug.bytes_left = 20_000  # of the 60,000 that the model has
+        _, errors = process.communicate(timeout=180)
+        assert plug.pulled
+        assert process.returncode == 1, errors
+        (line,) = [line for line in errors.splitlines() if line.startswith("pytorch_mnist.py: ")]
+        model = machine.outputs("model.pt")
+        assert f"the model is in {model.relative_to(machine.home)}, but not at {uri}" in line
+        assert not store.keys(), "half an object"
+        assert evaluate(model) > 0.2, "no model"
+        task = list(stand_in.tasks.values())[-1]
+        assert (task["id"] in line, task["status"]) == (True, "failed")
+        assert uri in task["status_reason"]
+
+        machine.configure(stand_in.configuration(), store.clearml_conf())  # mended: the store at its own port
+        command = re.search(r"uv run pytorch_mnist.py (--resume \S+)", line)
+        assert command
+        run = machine.train(*command[1].split(), "--output-uri", store.uri())
+        assert run.returncode == 0, run.stderr
+        assert "epoch 1/" not in run.stdout
+        assert store.get(model_url(run).removeprefix(f"{store.uri()}/")) == model.read_bytes()
+        assert task["status"] == "completed"

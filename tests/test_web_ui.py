@@ -86,14 +86,14 @@ def test_hyperparameters(shown: Shown) -> None:
     given = {name.removeprefix("Args/"): value for name, value in parameters.items() if name.startswith("Args/")}
     assert given["epochs"] == "2"
     assert given["batch_size"] == "256"
-    assert given["lr"] == "0.15"
+    assert given["lr"] == "0.3"
     weights = sum(weight.numel() for weight in pytorch_mnist.Net().parameters())
     assert parameters["Setup/parameters"] == str(weights)
     assert parameters["Setup/network"] == "Net"
-    assert parameters["Setup/optimizer"] == "SGD(lr=0.15, momentum=0.9, weight_decay=0.0005, nesterov=True)"
+    assert parameters["Setup/optimizer"] == "SGD(lr=0.3, momentum=0.9, weight_decay=0.0005, nesterov=True)"
     assert parameters["Setup/schedule"] == "OneCycleLR(total_steps=470)"
     assert parameters["Setup/device"] == str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    assert parameters["Setup/threads"] == str(torch.get_num_threads())
+    assert parameters["Setup/threads"] == "1"  # OMP_NUM_THREADS in conftest.py
     assert parameters["Setup/torch"] == torch.__version__.split("+")[0]
 
 
@@ -231,10 +231,9 @@ print(clone.id)
 """
 
 
+@pytest.mark.parametrize("shown", ["online"], indirect=True)
 def test_changes_in_a_cloned_task_take_effect_or_are_ignored_visibly(shown: Shown) -> None:
     """The clone is run as clearml-agent runs it: the task to take its arguments from is in CLEARML_TASK_ID."""
-    if shown.imported:
-        pytest.skip("cloned once is enough")
     machine = shown.machine
     task_id = re.search(r"/tasks/(\w+)/", shown.run.stdout)
     assert task_id
@@ -247,7 +246,7 @@ def test_changes_in_a_cloned_task_take_effect_or_are_ignored_visibly(shown: Show
         "Args/dry_run",
         True,
         "Setup/threads",
-        1,
+        2,
         "Setup/network",
         "X",
     ]
@@ -257,15 +256,15 @@ def test_changes_in_a_cloned_task_take_effect_or_are_ignored_visibly(shown: Show
     assert "epoch 1/1 " in run.stdout
     assert "Setup/network: X has no effect, the code decides (Net)" in run.stdout
     parameters = machine.read_task(clone)["parameters"]
-    assert (parameters["Args/batch_size"], parameters["Setup/threads"]) == ("1000", "1")
+    assert (parameters["Args/batch_size"], parameters["Setup/threads"]) == ("1000", "2")
 
 
-def test_a_run_costs_few_requests(stand_in: ClearMLServer, machine: Machine) -> None:
+def test_a_run_costs_few_requests(stand_in: ClearMLServer, machine: Machine, few: list[object]) -> None:
     machine.configure(stand_in.configuration())
 
     def requests(epochs: int) -> int:
         before = len(stand_in.requests)
-        run = machine.train("--epochs", epochs, "--batch-size", 2000)
+        run = machine.train(*few, "--epochs", epochs)
         assert run.returncode == 0, run.stderr
         # The SDK looks every two seconds whether the task was aborted: that goes by the clock, not by the epoch.
         return len([request for request in stand_in.requests[before:] if request.path != "tasks.get_all"])
