@@ -170,6 +170,7 @@ def test_a_syntax_error_is_shown_with_its_line(doctor: Doctor, server: ClearMLSe
         assert f"line {line}" in report.cure
         assert report.state("configuration: ClearML server") == "skipped"
         assert report.state("storage: target") == "ok", "it stops at nothing"
+        assert doctor("configuration", conf=server.configuration()).well()
 
     cases = [('stand-in-secret-key" }', "stand-in-secret-key }", 5), ("api {", "[api]\n", 3), ("\n}\n", "\n", 6)]
     doctor.each(test, cases)
@@ -198,6 +199,7 @@ def test_variables_that_override_the_file(doctor: Doctor, server: ClearMLServer)
     assert report.has("configuration: overrides", "warning", "CLEARML_API_SECRET_KEY beats api.credentials.secret_key")
     assert report.has("server: keys", "failed", "not accepted")
     assert "unset CLEARML_API_SECRET_KEY" in report.findings["configuration: overrides"]["cure"]
+    assert doctor("configuration", "server").well()
     assert doctor("configuration", "server").well()
 
 
@@ -279,7 +281,7 @@ def test_each_kind_of_target(
     assert [store.keys() for store in (rclone, secure, seaweed, gcs)] == [[]] * 4, "an object was left"
 
 
-def test_targets_that_are_none(doctor: Doctor) -> None:
+def test_targets_that_are_none(doctor: Doctor, rclone: Rclone, tmp_path: Path) -> None:
     def test(doctor: Doctor, uri: str, words: str) -> None:
         report = doctor("storage", uri=uri)
         assert report.code == 1
@@ -287,6 +289,8 @@ def test_targets_that_are_none(doctor: Doctor) -> None:
         assert report.cure
         assert "not-a-secret" not in report.text
         assert report.state("storage: object") == "skipped"
+        right = rclone.uri("x") if uri.startswith("s") else str(tmp_path)
+        assert doctor("storage", conf=rclone.clearml_conf(), uri=right).well()
 
     cases = [
         ("s3:/bucket/path", "no kind of storage"),
@@ -312,6 +316,7 @@ def test_https_and_its_certificate(doctor: Doctor, secure: Rclone) -> None:
         ("object", "checksum not understood", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", {}),
     ]
     doctor.each(test, cases)
+    assert doctor("storage", conf=secure.clearml_conf(), uri=secure.uri(), **CHECKSUM).well(), "with all four cures"
     report = doctor("storage", conf=secure.clearml_conf(verify=False), uri=secure.uri(), **CHECKSUM)
     assert report.well(), report.text
     assert report.has("storage: endpoint", "warning", "certificate not checked")
@@ -331,6 +336,10 @@ def test_no_such_bucket(doctor: Doctor, rclone: Rclone, seaweed: SeaweedFS, gcs:
     for store in (rclone, seaweed):
         with closing(store.client()) as s3:
             assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["models"], "a bucket was made"
+            s3.create_bucket(Bucket="missing")
+            uri = store.uri("runs").replace("/models", "/missing")
+            assert doctor("storage", conf=store.clearml_conf(), uri=uri, **store.environment()).well()
+            s3.delete_bucket(Bucket="missing")
 
 
 def test_clouds_without_credentials(doctor: Doctor) -> None:
@@ -359,6 +368,7 @@ def test_access_denied(doctor: Doctor, seaweed: SeaweedFS) -> None:
     assert report.has("storage: object", "failed", "write: access denied", "AccessDenied"), report.text
     assert "permit" in report.cure
     assert report.code == 1
+    assert unchanged(seaweed, lambda: doctor("storage", conf=seaweed.clearml_conf(), uri=seaweed.uri())).well()
 
 
 def test_an_endpoint_that_does_not_answer(doctor: Doctor, rclone: Rclone) -> None:
@@ -376,6 +386,7 @@ def test_an_endpoint_that_does_not_answer(doctor: Doctor, rclone: Rclone) -> Non
             ("no-such-host.invalid:9000", "name not resolved", "correct the host name"),
         ]
         doctor.each(test, cases)
+    assert doctor("storage", conf=rclone.clearml_conf(), uri=rclone.uri()).well(), "with a host that answers"
 
 
 def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, secure: Rclone) -> None:
@@ -383,6 +394,7 @@ def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, s
         report = doctor("storage", uri="s3://models", **store.environment() | {"AWS_ENDPOINT_URL": wrong})
         assert report.has("storage: endpoint", "failed", words, "AWS_ENDPOINT_URL, environment"), report.text
         assert store.endpoint in report.cure
+        assert doctor("storage", uri="s3://models", **store.environment()).well()
 
     cases = [
         (rclone, rclone.endpoint.replace("http:", "https:"), "TLS spoken to a plain port"),
@@ -549,6 +561,8 @@ def test_wrong_addresses_and_wrong_entries(
             assert entry_cure.format(host=rclone.host) in report.findings[f"storage: {entry_check}"]["cure"]
             assert "~/clearml.conf" in report.findings["storage: entry"]["source"]
             assert report.state("storage: object") == "skipped"
+            cured = server.configuration() + rclone.clearml_conf()
+            assert doctor("server", "storage", conf=cured, uri=rclone.uri("runs")).well()
 
         doctor.each(test, zip(ADDRESSES, ENTRIES, strict=True))
     assert rclone.keys() == []
@@ -573,6 +587,11 @@ def test_damaged_mnist_files(machine: Machine, tmp_path: Path) -> None:
     assert report.code == 1
     assert report.has("machine: MNIST", "failed", "damaged: train-labels-idx1-ubyte.gz, t10k-labels-idx1-ubyte")
     assert f"rm {packed} {plain}" in report.cure
+    packed.unlink()
+    plain.unlink()
+    assert run().has("machine: MNIST", "warning", "missing: train-labels-idx1-ubyte.gz")
+    shutil.copy(ROOT / f"data/MNIST/raw/{packed.name}", raw)
+    assert run().well()
 
 
 def test_everything_silent_is_soon_over(machine: Machine) -> None:
