@@ -257,7 +257,7 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
         js=[],  # nothing is loaded from elsewhere
         style=CleanStyle,
         legend_at_bottom=True,
-        title="MNIST on 2 CPU cores: accuracy against time",
+        title=f"MNIST on {os.cpu_count()} CPU cores: accuracy against time",
         x_title="seconds since the start of the process (logarithmic)",
         y_title="test accuracy, %",
         xrange=(0, 3),

@@ -15,7 +15,9 @@ Data = tuple[torch.Tensor, torch.Tensor]
 class Reads(TorchDispatchMode):
     """Counts the reads of a tensor's value, at each of which a GPU would have to be waited for."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._local_scalar_dense.default
