@@ -226,6 +226,15 @@ class SeaweedFS(S3Store):
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false"]
         return [*command, "-master.telemetry=false"]
 
+    def prepare(self) -> None:
+        """It lists before it can read and write: the part that holds the data comes last."""
+        super().prepare()
+        for key in self.keys():
+            self.get(key)
+        with closing(self.client()) as s3:
+            s3.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
+            s3.delete_object(Bucket=self.bucket, Key="ready")
+
     def shell(self, *commands: str) -> str:
         """Runs commands of the administrator's `weed shell`, such as a quota for the bucket."""
         command = [str(BIN / "weed"), f"-logdir={self.folder}", "shell"]
