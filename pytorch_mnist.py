@@ -70,14 +70,15 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 NAME = Path(__file__).name
 DIGITS = [str(digit) for digit in range(10)]
-RETRIES = dict.fromkeys(("total", "connect", "read"), 8)
 SDK_SETTINGS = {  # over clearml.conf, in seconds: by default leaving takes eleven, and a dead server or store hours
-    "api": {"http": {"retries": {**RETRIES, "backoff_max": 10}}},
-    "sdk": {
-        "development": {"report_use_subprocess": False},
-        "aws": {"boto3": {"connect_timeout": 5, "read_timeout": 12}},
-        "http": {"timeout": {"connection": 5, "total": 12}, "download": {"max_retries": 1}},
-    },
+    **{f"api.http.retries.{kind}": 8 for kind in ("total", "connect", "read")},
+    "api.http.retries.backoff_max": 10,
+    "sdk.development.report_use_subprocess": False,
+    "sdk.aws.boto3.connect_timeout": 5,
+    "sdk.aws.boto3.read_timeout": 12,
+    "sdk.http.timeout.connection": 5,
+    "sdk.http.timeout.total": 12,
+    "sdk.http.download.max_retries": 1,
 }
 Curve = tuple[str, str, float, int]  # title, series, value, number of batches trained
 
@@ -184,8 +185,11 @@ def start_task(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Task:
     """A new ClearML task, the checkpoint's task, or an offline session; says which. Raises RunError within 30 s."""
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # StorageManager tries again by itself
     try:
-        chain = {"sdk": {"aws": {"s3": {"use_credentials_chain": not config_obj.get("sdk.aws.s3.key", "")}}}}
-        config_obj.set_overrides(SDK_SETTINGS, chain)  # so that profiles and roles count where no key is configured
+        # The chain, so that profiles and roles count where no key is configured.
+        chain = {"sdk.aws.s3.use_credentials_chain": not config_obj.get("sdk.aws.s3.key", "")}
+        for key, value in {**SDK_SETTINGS, **chain}.items():
+            section, name = key.split(".", 1)
+            config_obj.get(section).put(name, value)
         if reason := why_offline(args.offline):
             print(f"ClearML: offline session, because {reason}")
             Task.set_offline(True)
@@ -207,8 +211,6 @@ def start_task(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Task:
         where = "CLEARML_API_ACCESS_KEY" if os.getenv("CLEARML_API_ACCESS_KEY") else get_active_config_file()
         new = f"{Session.get_app_server_host()}/settings/workspace-configuration"
         raise RunError(f"the ClearML server refused: {error} (credentials: {where}; new ones: {new})") from error
-    if task._detect_repo_async_thread:  # a run that ends before it would have ClearML kill it, and hang over that
-        task._detect_repo_async_thread.join(timeout=10)
     if Task.running_locally() and not resumed:
         task.set_comment(f"python {shlex.join([NAME, *sys.argv[1:]])}")
     return task
@@ -568,7 +570,7 @@ class Ending:
     checkpoint: Path | None = None
     doctor = "uv run doctor.py"
     words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}  # noqa: RUF012
-    code = 0
+    code: int | None = None
     postponing = False
 
     def __init__(self) -> None:
@@ -597,6 +599,8 @@ class Ending:
             raise KeyboardInterrupt
 
     def except_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if (task := Task.current_task()) and task._detect_repo_async_thread:
+            task._detect_repo_async_thread.join(timeout=7)  # ClearML would kill it, and may hang over that
         if isinstance(error, RunError | OSError | torch.OutOfMemoryError):
             self.tell(f"error: {' '.join(str(error).split())}; find the cause: {self.doctor}", 1)
         elif not isinstance(error, KeyboardInterrupt):  # a defect, and no user's mistake
@@ -611,9 +615,9 @@ class Ending:
         last_resort.start()
 
     def leave(self) -> None:
-        if self.code:
+        if self.code is not None:
             sys.stdout.flush()
-            os._exit(self.code)
+            os._exit(self.code)  # after the last line, taking torch apart would be a second for nothing
 
 
 def main() -> None:
@@ -705,6 +709,7 @@ def main() -> None:
     close_task(task, curves)
     if session:
         print(f"To take the session to a server: uv run clearml-task --import-offline-session {shlex.quote(session)}")
+    ending.code = 0
 
 
 if __name__ == "__main__":
