@@ -237,30 +237,28 @@ def why_offline(asked: bool) -> str:
     return ""
 
 
-def check_server() -> None:
-    """Ask the API server once, in at most 15 s. Raises RunError where ClearML itself would go on asking."""
-    host = Session.get_api_server_host()
-    try:
-        answer = requests.get(f"{host}/debug.ping", timeout=(5, 10), verify=config_obj.get("api.verify_certificate"))
-        if answer.json()["meta"]["result_code"] != 200:
-            raise KeyError(answer.status_code)
-    except (KeyError, TypeError, requests.JSONDecodeError) as error:
-        raise RunError(f"no ClearML API server at {host}: something else answers there") from error
-    except requests.RequestException as error:
-        raise RunError(f"no answer from the ClearML API server {host}; without it: --offline") from error
+def check_server(patience: float = 0) -> None:
+    """Ask the API server, for `patience` seconds if need be; ClearML's own requests would ask for longer.
 
-
-def await_server(task: Task) -> None:
-    """Wait for the server, for a minute at most: each of ClearML's own requests would. Raises RunError."""
-    for attempt in range(0 if task.is_offline() else 12):
+    Raises RunError where no ClearML API server answers.
+    """
+    host, begin = Session.get_api_server_host(), time.monotonic()
+    while True:
+        reason = f"no ClearML API server at {host}: something else answers there"
         try:
-            check_server()
-            break
-        except RunError:
-            if attempt == 11:
-                raise
-            print("waiting for the ClearML server to come back")
-            time.sleep(5)
+            answer = requests.get(
+                f"{host}/debug.ping", timeout=(5, 10), verify=config_obj.get("api.verify_certificate")
+            )
+            if answer.json()["meta"]["result_code"] == 200:
+                return
+        except (KeyError, TypeError, requests.JSONDecodeError):
+            pass
+        except requests.RequestException:
+            reason = f"no answer from the ClearML API server {host}; without it: --offline"
+        if time.monotonic() - begin >= patience:
+            raise RunError(reason)
+        print("waiting for the ClearML server to come back")
+        time.sleep(5)
 
 
 def report_setup(task: Task, net: Net, optimizer: torch.optim.Optimizer, schedule: OneCycleLR) -> None:
@@ -298,17 +296,15 @@ def report_results(task: Task, folder: Path, step: int, images: Tensor, labels: 
     table.insert(0, ["digit", "precision", "recall", "F1", "support"])
     logger.report_table("per digit", "test", step, table_plot=table)
 
-    cells, font, size = [["label\\pred.", *DIGITS]], ImageFont.load_default(20), 64
-    cells += [[digit, *map(str, row)] for digit, row in zip(DIGITS, hits.tolist(), strict=True)]
-    picture = Image.new("RGB", (11 * size, 11 * size), "white")
+    cells, font = [["label,\npred.", *DIGITS]], ImageFont.load_default(20)
+    cells += [[digit, *(str(count or "") for count in row)] for digit, row in zip(DIGITS, hits.tolist(), strict=True)]
+    picture = Image.new("RGB", (11 * 64, 11 * 64), "white")
     draw = ImageDraw.Draw(picture)
     for row, column in itertools.product(range(11), repeat=2):
-        text, paper = cells[row][column], "lightskyblue" if row == column else "mistyrose"
-        if row and column and text != "0":
-            draw.rectangle((column * size, row * size, (column + 1) * size - 2, (row + 1) * size - 2), paper)
-        if text != "0" or not row * column:
-            middle = (column + 0.5) * size, (row + 0.5) * size
-            draw.text(middle, text, "black", font if len(text) < 5 else ImageFont.load_default(12), anchor="mm")
+        x, y, text = column * 64, row * 64, cells[row][column]
+        if row and column and text:
+            draw.rectangle((x, y, x + 62, y + 62), "lightskyblue" if row == column else "mistyrose")
+        draw.text((x + 32, y + 32), text, "black", font, anchor="mm")
     picture.save(folder / "confusion_matrix.png")
 
     mistakes = (predicted != labels).nonzero().flatten()
@@ -392,18 +388,18 @@ def store_model(task: Task, model: Path, folder: str, net: Net, metadata: dict[s
     if folder:
         with storage_errors(f"the model is in {model}, but not at {address}"):
             upload(model, address)
-    try:
-        await_server(task)
-    except RunError as error:
-        raise RunError(f"{error}; the model is in {model}, and the last reports did not reach the server") from error
     if task.is_offline():  # where OutputModel does not work, and artifacts do
         task.upload_artifact("model", model, metadata={**metadata, "address": address}, wait_on_upload=True)
-    else:
-        labels = {digit: int(digit) for digit in DIGITS}
-        entry = OutputModel(task, config_text=str(net), label_enumeration=labels, name=task.name, framework="PyTorch")
-        entry.update_weights(register_uri=address)
-        metadata = {**metadata, "size": model.stat().st_size}
-        entry.set_all_metadata({key: {"type": "str", "value": str(value)} for key, value in metadata.items()})
+        return address
+    try:
+        check_server(patience=60)
+    except RunError as error:
+        raise RunError(f"{error}; the model is in {model}, and the last reports did not reach the server") from error
+    labels = {digit: int(digit) for digit in DIGITS}
+    entry = OutputModel(task, config_text=str(net), label_enumeration=labels, name=task.name, framework="PyTorch")
+    entry.update_weights(register_uri=address)
+    metadata = {**metadata, "size": model.stat().st_size}
+    entry.set_all_metadata({key: {"type": "str", "value": str(value)} for key, value in metadata.items()})
     return address
 
 
@@ -422,20 +418,22 @@ def report(task: Task, curves: list[Curve]) -> None:
 
 def close_task(task: Task, curves: list[Curve]) -> None:
     """Close the task, and see on the server that nothing is missing. Raises RunError, after a minute at most."""
-    await_server(task)
-    if not task.is_offline():
-        for pause in (0.2, 1, 2, 0, 1, 2, 5):
-            task.flush(wait_for_uploads=True)
-            if not (missing := unreported(task, curves)):
-                break
-            if not pause:  # not late, but lost
-                report(task, missing)
-            time.sleep(pause)
-        else:
-            raise RunError(f"{len(missing)} of {len(curves)} values did not reach the ClearML server")
-    online = not task.is_offline() and Task.running_locally()  # else an agent completes the task
+    if task.is_offline():
+        task.close()
+        return
+    check_server(patience=60)
+    for pause in (0.2, 1, 2, 0, 1, 2, 5):
+        task.flush(wait_for_uploads=True)
+        if not (missing := unreported(task, curves)):
+            break
+        if not pause:  # not late, but lost
+            report(task, missing)
+        time.sleep(pause)
+    else:
+        raise RunError(f"{len(missing)} of {len(curves)} values did not reach the ClearML server")
     task.close()
-    if online and (status := Task.get_task(task.id).status) != "completed":
+    # An agent, and not this process, completes a task that it runs.
+    if Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
         raise RunError(f"the ClearML server has the task as {status}")
 
 
@@ -521,13 +519,12 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     clearml = parser.add_argument_group("ClearML")
     clearml.add_argument("--project-name", type=label, default="mnist-training-poc", help="project of the task")
     clearml.add_argument("--task-name", type=label, default="pytorch_mnist", help="name of the task")
-    uri = os.getenv("CLEARML_OUTPUT_URI", "")
-    where = (
-        "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://... or a folder; empty: file server"
+    uri, kinds = (
+        os.getenv("CLEARML_OUTPUT_URI", ""),
+        "s3://host:port/bucket/path, s3://bucket/path, gs://..., azure://...",
     )
-    clearml.add_argument(
-        "--output-uri", type=storage_uri, default=uri, help=f"where the model goes: {where}; from CLEARML_OUTPUT_URI"
-    )
+    where = f"where the model goes: {kinds} or a folder; empty: file server; from CLEARML_OUTPUT_URI"
+    clearml.add_argument("--output-uri", type=storage_uri, default=uri, help=where)
     clearml.add_argument("--tags", nargs="+", default=[], help="tags of the task")
     clearml.add_argument("--offline", action="store_true", help="record an offline session, whatever is configured")
     data = parser.add_argument_group("data")

@@ -573,6 +573,7 @@ def test_damaged_mnist_files(machine: Machine, tmp_path: Path) -> None:
     script = shutil.copy(ROOT / "doctor.py", tmp_path / "doctor.py")
     raw = tmp_path / "data/MNIST/raw"
     raw.mkdir(parents=True)
+    shutil.copy(ROOT / "data/README.md", tmp_path / "data")
     for path in (ROOT / "data/MNIST/raw").glob("*.gz"):
         shutil.copy(path, raw)
     plain = raw / "t10k-labels-idx1-ubyte"
