@@ -93,9 +93,10 @@ class Net(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            *(nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
+            *(nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),  # 12 x 12
+            *(nn.Conv2d(16, 48, 3, bias=False), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(48), nn.ReLU()),  # 5 x 5
+            *(nn.Conv2d(48, 64, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()),  # 3 x 3
+            *(nn.Flatten(), nn.Linear(64 * 3 * 3, 10)),
         )
 
 
@@ -530,7 +531,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", type=Path, default=HERE / "data", help="MNIST files; downloaded if missing")
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=number(int, 1), default=4, help="passes over the training set")
+    train.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the training set")
     train.add_argument("--batch-size", type=number(int, 2), default=128, help="images in a training batch")
     train.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="images in a test batch")
     train.add_argument("--lr", type=number(float, 1e-9), default=0.3, help="highest learning rate of OneCycleLR")

@@ -111,7 +111,7 @@ def test_the_session_holds_arguments_scalars_console_and_model(
 def test_help_is_a_page(machine: Machine) -> None:
     run = machine.run("pytorch_mnist.py", "--help")
     assert run.returncode == 0
-    for option in ("--project-name", "--output-uri", "CLEARML_OUTPUT_URI", "--dry-run", "(default: 4)"):
+    for option in ("--project-name", "--output-uri", "CLEARML_OUTPUT_URI", "--dry-run", "(default: 3)"):
         assert option in run.stdout
     assert len(run.stdout.splitlines()) <= 60  # a screen and a half
 
