@@ -9,11 +9,11 @@
 Without a ClearML server it trains all the same, and records a ClearML offline session. On 2 CPU cores it prints:
 
     ClearML: offline session, because no server is configured (no ~/clearml.conf, no CLEARML_API_... variables)
-    epoch 1/4  train loss 0.1899  test loss 0.0589  test accuracy 97.98%  lr 0.1485  9,811 images/s
+    epoch 1/3  train loss 0.1353  test loss 0.0593  test accuracy 98.11%  lr 0.2797  6,260 images/s
     ...
-    epoch 4/4  train loss 0.0244  test loss 0.0169  test accuracy 99.49%  lr 0.0000  8,110 images/s
-    Test accuracy 99.49% after 4 epochs, 32.5 s
-    Model: outputs/20261123-210539-f8628d04/model.pt
+    epoch 3/3  train loss 0.0229  test loss 0.0159  test accuracy 99.46%  lr 0.0000  7,442 images/s
+    Test accuracy 99.46% after 3 epochs, 30.4 s
+    Model: outputs/20261124-094507-7c54b4cd/model.pt
     To take the session to a server: uv run clearml-task --import-offline-session ~/.clearml/cache/offline/....zip
 """
 
