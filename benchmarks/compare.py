@@ -117,25 +117,22 @@ def resident(pid: int) -> int:
 
 
 def loop_share(pairs: int) -> float:
-    """Images per second of `train_epoch`, over those of the bare steps on one fixed batch: median of `pairs` ratios."""
+    """Images per second of an epoch, over those of the bare steps on one fixed batch: median of `pairs` ratios."""
     torch.manual_seed(1)
-    net = pytorch_mnist.Net().to(memory_format=torch.channels_last)
-    images, labels = pytorch_mnist.load_mnist(ROOT / "data", True, torch.device("cpu"))
-    images, labels, size = images[:12800], labels[:12800], 128
-    batch = pytorch_mnist.normalise(images[:size])
-
-    def prepare() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-        return pytorch_mnist.make_optimizer(net, 0.1, 0.9, 5e-4, 2 * len(images) // size)
+    args = argparse.Namespace(device="cpu", data_dir=ROOT / "data", epochs=2 * (pairs + 1), dry_run=False)
+    args.__dict__.update(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, test_batch_size=1000)
+    training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
+    training.images, training.labels = training.images[:12800], training.labels[:12800]
+    batch, labels = pytorch_mnist.normalise(training.images[:128]), training.labels[:128]
 
     def bare() -> None:
-        optimizer, _ = prepare()
-        for _ in range(len(images) // size):
-            optimizer.zero_grad()
-            functional.cross_entropy(net(batch), labels[:size]).backward()
-            optimizer.step()
+        for _ in range(len(training.images) // 128):
+            training.optimizer.zero_grad()
+            functional.cross_entropy(training.net(batch), labels).backward()
+            training.optimizer.step()
 
     def loop() -> None:
-        pytorch_mnist.train_epoch(net, *prepare(), images, labels, size)
+        training.epoch()
 
     seconds: dict[str, list[float]] = {"bare": [], "loop": []}
     for _ in range(pairs + 1):  # the first pair warms up
@@ -149,12 +146,12 @@ def loop_share(pairs: int) -> float:
 def data_seconds() -> float:
     """What loading both sets and one step of training and of testing take, for the figures of `--dry-run`."""
     code = (
-        "import time, torch, pytorch_mnist as m\n"
-        "begun, cpu = time.perf_counter(), torch.device('cpu')\n"
-        "images, labels = m.load_mnist(m.HERE / 'data', True, cpu)\n"
-        "net, test = m.Net(), m.load_mnist(m.HERE / 'data', False, cpu)[0]\n"
-        "m.train_epoch(net, *m.make_optimizer(net, 0.1, 0.9, 0, 1), images[:128], labels[:128], 128)\n"
-        "m.predict(net, test[:1000], 1000)\n"
+        "import sys, time, pytorch_mnist as m\n"
+        "sys.argv = ['pytorch_mnist.py', '--dry-run', '--data-dir', 'data']\n"
+        "args, begun = m.parse_args()[0], time.perf_counter()\n"
+        "training = m.Training(args, m.RECIPE)\n"
+        "training.epoch()\n"
+        "training.test()\n"
         "print(time.perf_counter() - begun)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,22 +1,30 @@
 """What the tests share: the real scripts, started as a user starts them, in a HOME of their own."""
 
+import atexit
 import gzip
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
 from clearml_server import ClearMLServer
-from stores import SeaweedFS, Store
+from stores import FakeGCS, Rclone, SeaweedFS, Store
+from zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
@@ -44,12 +52,21 @@ FOREIGN = ("PYTHONDONTWRITEBYTECODE", "CLEARML_", "TRAINS_", "AWS_", "GOOGLE_", 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+@cache
+def find_zygote() -> Zygote:
+    """One for each of pytest's workers, from its first use to its end."""
+    zygote = Zygote(Machine(ROOT).environment)
+    atexit.register(zygote.stop)
+    return zygote
+
+
 @dataclass
 class Machine:
     """A user's machine: a HOME, a folder to work in, and variables. Its scripts are those of the checkout."""
 
     home: Path
     variables: dict[str, str] = field(default_factory=dict)
+    fresh: ClassVar[bool] = sys.platform != "linux"  # all runs are processes of their own: --fresh
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,16 +75,35 @@ class Machine:
         extra["OMP_NUM_THREADS"] = "1"  # tests run side by side
         return {**mine, **extra, **self.variables}
 
-    def start(self, script: str | Path, *arguments: object, **options: object) -> subprocess.Popen[str]:
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "cwd": self.home}
-        return subprocess.Popen(command, env=self.environment, text=True, **{**pipes, **options})  # type: ignore[call-overload, no-any-return]
+    def start(self, script: str | Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process.
 
-    def run(self, script: str | Path, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        `prelude` is a program that is executed before it, in the same process.
+        """
+        command = [*map(str, ("-m" if script == "-m" else ROOT / script, *arguments))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "cwd": self.home}
+        options = {**pipes, **options, "env": self.environment}
+        fresh, prelude = options.pop("fresh", False) or self.fresh, options.pop("prelude", None)
+        if not fresh and (zygote := find_zygote()).can_run(self.environment):
+            return zygote.start(command, root=ROOT, prelude=prelude, **options)
+        if script == "-m":
+            options["env"] = {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.home}", **self.environment}
+        if prelude:
+            shutil.copy(prelude, self.home / "sitecustomize.py")
+        return subprocess.Popen([sys.executable, *command], text=True, **options)
+
+    def run(
+        self, script: str | Path, *arguments: object, timeout: float = 300, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run to the end. Output is at hand on the result; a run that hangs is killed and fails the test."""
-        process = self.start(script, *arguments)
+        process = self.start(script, *arguments, **options)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR2)  # a fork of the zygote then shows where each of its threads stands
+            time.sleep(1)
+            process.kill()
+            pytest.fail(f"not at an end after {timeout} s\n{''.join(process.communicate())}")
         finally:
             process.kill()
         assert not [secret for secret in SECRETS if secret in stdout + stderr]
@@ -110,6 +146,38 @@ def module_machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     home = tmp_path_factory.mktemp("module") / "home"
     home.mkdir()
     return Machine(home)
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """host:port of a socket that takes connections and never says anything."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
+    with Rclone(tmp_path_factory.mktemp("rclone")) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def rclone_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
+    with Rclone(tmp_path_factory.mktemp("rclone-tls"), tls=True) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """It makes a missing bucket on the first upload, as it does by default."""
+    with SeaweedFS(tmp_path_factory.mktemp("seaweed")) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGCS]:
+    with FakeGCS(tmp_path_factory.mktemp("gcs")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +228,11 @@ class LiveServer:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--live", action="store_true", help="use the server in ~/clearml.conf, not the stand-in")
+    parser.addoption("--fresh", action="store_true", help="start each run from nothing, not in a fork")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,28 @@
-"""doctor.py against real stores, a stand-in server and sockets that misbehave: diagnosis, cure, and nothing left."""
+"""The doctor against real stores, a stand-in server and sockets that misbehave: diagnosis, cure, and nothing left."""
 
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import clearml_server
+import boto3
 import pytest
+from botocore.exceptions import BotoCoreError
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import ROOT, SECRETS, Machine, silent
 from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
 
-SECRETS = [Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret-of-the-store"]
+from clearml_client.faults import diagnose
 
 
 class Report:
@@ -53,7 +51,7 @@ class Report:
 
 
 class Doctor:
-    """Runs doctor.py --json on a machine of its own. clearml.conf stays as the last run had it, unless given."""
+    """Runs it with --json on a machine of its own. clearml.conf stays as the last run had it, unless given."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.machine = folder, Machine(folder / "home")
@@ -64,7 +62,7 @@ class Doctor:
             (self.machine.home / "clearml.conf").write_text(conf)
         arguments = ["--json", "--only", *only] + ([] if uri is None else [f"--output-uri={uri}"])
         other = Machine(self.machine.home, variables)
-        return Report(other.run("doctor.py", *arguments, timeout=60), self.machine)
+        return Report(other.run("-m", "clearml_client.doctor", *arguments, timeout=60), self.machine)
 
     def each(self, test: Callable[..., None], cases: Iterable[tuple[Any, ...]]) -> None:
         """The test with each case, side by side and each with a doctor of its own: most of a run is waiting."""
@@ -87,30 +85,6 @@ def machine(doctor: Doctor) -> Machine:
     return doctor.machine
 
 
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
-    with Rclone(tmp_path_factory.mktemp("rclone")) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
-    with Rclone(tmp_path_factory.mktemp("secure"), tls=True) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    with SeaweedFS(tmp_path_factory.mktemp("seaweed")) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGCS]:
-    with FakeGCS(tmp_path_factory.mktemp("gcs")) as store:
-        yield store
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ClearMLServer]:
     standin = ClearMLServer(tmp_path / "server")
@@ -119,13 +93,6 @@ def server(tmp_path: Path) -> Iterator[ClearMLServer]:
     standin.stop()
     assert not standin.tasks
     assert not [path for path in standin.files_folder.rglob("*") if path.is_file()], "an object was left"
-
-
-@contextmanager
-def silent() -> Iterator[str]:
-    """host:port of a socket that takes connections and never says anything."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def closed() -> str:
@@ -143,11 +110,11 @@ def test_without_any_configuration_it_warns_and_is_well(doctor: Doctor) -> None:
 
 def test_a_configuration_file_that_does_not_exist(doctor: Doctor, machine: Machine, server: ClearMLServer) -> None:
     missing = doctor("configuration", CLEARML_CONFIG_FILE="~/other.conf")
-    assert missing.has("configuration: file", "failed", "~/other.conf does not exist", "CLEARML_CONFIG_FILE")
+    assert missing.has("configuration: file", "failed", "other.conf, and there is no such file", "CLEARML_CONFIG_FILE")
     assert "CLEARML_CONFIG_FILE" in missing.cure
     assert missing.code == 1
     (machine.home / "other.conf").write_text(server.configuration())
-    cured = doctor("configuration", conf="", CLEARML_CONFIG_FILE="~/other.conf")
+    cured = doctor("configuration", conf="sdk {}", CLEARML_CONFIG_FILE="~/other.conf")
     assert cured.has("configuration: file", "ok", "~/other.conf; ~/clearml.conf is not read", "CLEARML_CONFIG_FILE")
     assert cured.has("configuration: ClearML server", "ok", server.api_url, "api.api_server, ~/other.conf")
 
@@ -156,7 +123,7 @@ def test_the_hidden_file_is_not_read(doctor: Doctor, machine: Machine, server: C
     hidden = machine.home / ".clearml.conf"
     hidden.write_text(server.configuration())
     report = doctor("configuration")
-    assert report.has("configuration: file", "warning", "~/.clearml.conf is not read")
+    assert report.has("configuration: file", "failed", "ClearML ignores ~/.clearml.conf")
     assert "mv ~/.clearml.conf ~/clearml.conf" in report.cure
     hidden.rename(machine.home / "clearml.conf")
     assert doctor("configuration").has("configuration: ClearML server", "ok", server.api_url)
@@ -167,7 +134,7 @@ def test_a_syntax_error_is_shown_with_its_line(doctor: Doctor, server: ClearMLSe
         report = doctor("configuration", "storage", conf=server.configuration().replace(good, bad))
         assert report.code == 1
         assert report.has("configuration: syntax", "failed", f"line {line}", "~/clearml.conf"), report.text
-        assert f"line {line}" in report.cure
+        assert "at or above that line" in report.cure
         assert report.state("configuration: ClearML server") == "skipped"
         assert report.state("storage: target") == "ok", "it stops at nothing"
         assert doctor("configuration", conf=server.configuration()).well()
@@ -179,7 +146,9 @@ def test_a_syntax_error_is_shown_with_its_line(doctor: Doctor, server: ClearMLSe
 def test_half_a_configuration(doctor: Doctor, server: ClearMLServer) -> None:
     half = doctor("configuration", "server", conf=f'api {{ api_server: "{server.api_url}" }}')
     assert half.code == 1
-    assert half.has("configuration: ClearML server", "failed", "half a configuration", "api.credentials.access_key")
+    assert half.has(
+        "configuration: ClearML server", "failed", "half a ClearML configuration", "api.credentials.access_key"
+    )
     assert half.state("server: API") == "skipped"
     assert "CLEARML_API_SECRET_KEY" in half.cure
     keys = {"CLEARML_API_ACCESS_KEY": server.access_key, "CLEARML_API_SECRET_KEY": server.secret_key}
@@ -204,11 +173,12 @@ def test_variables_that_override_the_file(doctor: Doctor, server: ClearMLServer)
 
 
 def test_values_from_dotenv_are_named_as_such(machine: Machine, server: ClearMLServer, tmp_path: Path) -> None:
-    script = shutil.copy(ROOT / "doctor.py", tmp_path / "doctor.py")
+    shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
     (machine.home / "clearml.conf").write_text(server.configuration())
     (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={machine.home}/elsewhere\nCLEARML_API_ACCESS_KEY=inside\n")
     other = Machine(machine.home, {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside"})
-    report = Report(other.run(script, "--json", "--only", "configuration", "storage"), machine)
+    other.variables["PYTHONPATH"] = str(tmp_path)
+    report = Report(other.run("-m", "clearml_client.doctor", "--json", "--only", "configuration", "storage"), machine)
     assert report.has("configuration: .env", "warning", "wins: CLEARML_API_ACCESS_KEY", f"{tmp_path}/.env")
     assert report.has("storage: target", "ok", "~/elsewhere", f"CLEARML_OUTPUT_URI, {tmp_path}/.env")
     assert report.state("storage: object") == "ok"
@@ -222,28 +192,33 @@ def test_a_server_that_is_well(doctor: Doctor, server: ClearMLServer) -> None:
     assert report.has("server: version", "ok", "server 2.3.0 with API 2.34", "SDK 2.")
     assert report.has("server: file server's object", "ok", "written, read, compared, deleted")
     assert report.has("storage: target", "ok", "file server")
-    methods = [request.method for request in server.requests if "doctor-" in request.path or request.path == "/"]
+    methods = [request.method for request in server.requests if "probe-" in request.path or request.path == "/"]
     assert "POST" in methods
     assert "DELETE" in methods
 
 
-def test_wrong_keys_a_wrong_clock_and_a_lost_file_server(
-    doctor: Doctor, server: ClearMLServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late = format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(clearml_server._Http10Handler, "date_time_string", lambda *_: late)
-        conf = server.configuration().replace("stand-in-access-key", "stand-in-wrong-key-abcd")
-        report = doctor("server", conf=conf, CLEARML_FILES_HOST=f"http://{closed()}", CLEARML_WEB_HOST=server.files_url)
+def test_wrong_keys_and_a_lost_file_server(doctor: Doctor, server: ClearMLServer) -> None:
+    conf = server.configuration().replace("stand-in-access-key", "stand-in-wrong-key-abcd")
+    report = doctor("server", conf=conf, CLEARML_FILES_HOST=f"http://{closed()}", CLEARML_WEB_HOST=server.files_url)
     assert report.code == 1
     assert report.has("server: keys", "failed", "...abcd", "not accepted")
     assert "make new credentials" in report.cure
     assert "wrong-key" not in report.text
-    assert report.has("server: clock", "warning", "+36")
     assert report.has("server: web server", "warning", "is no web page")
     assert report.has("server: file server", "failed", "refused", "CLEARML_FILES_HOST")
     assert report.state("server: file server's object") == "skipped"
     assert doctor("server", conf=server.configuration()).well()
+
+
+def test_a_file_server_by_default_is_tried_as_the_run_does(doctor: Doctor, server: ClearMLServer) -> None:
+    alone = doctor("storage", conf=server.configuration(), uri="")
+    assert alone.has("storage: object", "ok", "written, read, compared, deleted", server.files_url)
+    named = server.configuration() + f'\nsdk.development.default_output_uri: "{server.files_url}"'
+    report = doctor("server", "storage", conf=named, uri="")
+    assert report.well(), report.text
+    assert report.has("storage: target", "ok", server.files_url, "sdk.development.default_output_uri, ~/clearml.conf")
+    lost = doctor("server", "storage", conf=named, CLEARML_FILES_HOST=f"http://{closed()}")
+    assert lost.state("server: file server") == lost.state("storage: object") == "failed"
 
 
 # --- storage --------------------------------------------------------------------------------------------------------
@@ -255,7 +230,7 @@ def unchanged(store: Store, run: Callable[[], Report]) -> Report:
 
 
 def test_each_kind_of_target(
-    doctor: Doctor, rclone: Rclone, secure: Rclone, seaweed: SeaweedFS, gcs: FakeGCS, tmp_path: Path
+    doctor: Doctor, rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS, tmp_path: Path
 ) -> None:
     def test(doctor: Doctor, store: Store | None, conf: str, uri: str, variables: dict[str, str]) -> None:
         report = doctor("storage", conf=conf, uri=uri, **variables)
@@ -265,20 +240,20 @@ def test_each_kind_of_target(
             assert report.has("storage: credentials", "ok", "...4321")
             assert report.has("storage: endpoint", "ok", store.endpoint)
         if isinstance(store, FakeGCS):
-            assert report.has("storage: Google credentials", "ok", "emulator", "STORAGE_EMULATOR_HOST, environment")
+            assert report.has("storage: credentials", "ok", "emulator", "STORAGE_EMULATOR_HOST, environment")
 
     folder = tmp_path / "not yet there"
     cases: list[tuple[Any, ...]] = [
         *((store, store.clearml_conf(), store.uri("a/path"), {}) for store in (rclone, seaweed)),
-        *((store, "", "s3://models/a/path", store.environment()) for store in (secure, seaweed)),
-        (secure, secure.clearml_conf(), secure.uri(), CHECKSUM),
-        (gcs, "", gcs.uri("a/path"), gcs.environment()),
-        (None, "", str(folder), {}),
+        *((store, "sdk {}", "s3://models/a/path", store.environment()) for store in (rclone_tls, seaweed)),
+        (rclone_tls, rclone_tls.clearml_conf(), rclone_tls.uri(), CHECKSUM),
+        (gcs, "sdk {}", gcs.uri("a/path"), gcs.environment()),
+        (None, "sdk {}", str(folder), {}),
     ]
     doctor.each(test, cases)
-    doctor.each(test, [(None, "", folder.as_uri(), {})])
+    doctor.each(test, [(None, "sdk {}", folder.as_uri(), {})])
     assert not folder.exists()
-    assert [store.keys() for store in (rclone, secure, seaweed, gcs)] == [[]] * 4, "an object was left"
+    assert [store.keys() for store in (rclone, rclone_tls, seaweed, gcs)] == [[]] * 4, "an object was left"
 
 
 def test_targets_that_are_none(doctor: Doctor, rclone: Rclone, tmp_path: Path) -> None:
@@ -293,34 +268,36 @@ def test_targets_that_are_none(doctor: Doctor, rclone: Rclone, tmp_path: Path) -
         assert doctor("storage", conf=rclone.clearml_conf(), uri=right).well()
 
     cases = [
-        ("s3:/bucket/path", "no kind of storage"),
-        ("s4://bucket/path", "no kind of storage"),
+        ("s3:/bucket/path", "no bucket"),
+        ("s4://bucket/path", "neither s3://"),
         ("s3://127.0.0.1:9000/", "no bucket"),
-        ("s3://AKIATESTSTORE4321:not-a-secret@127.0.0.1:9000/bucket", "credentials inside the URI"),
-        ("/no/such/folder", "/no/such does not exist"),
+        ("s3://AKIATESTSTORE4321:not-a-secret@127.0.0.1:9000/bucket", "credentials do not belong into the URI"),
+        ("/no/such/folder", "whose parent exists: /no/such"),
         (__file__, "is not a folder"),
     ]
     doctor.each(test, cases)
 
 
-def test_https_and_its_certificate(doctor: Doctor, secure: Rclone) -> None:
+def test_https_and_its_certificate(doctor: Doctor, rclone_tls: Rclone) -> None:
     def test(doctor: Doctor, check: str, words: str, cure: str, change: dict[str, object]) -> None:
-        report = doctor("storage", conf=secure.clearml_conf(**change), uri=secure.uri())
+        report = doctor("storage", conf=rclone_tls.clearml_conf(**change), uri=rclone_tls.uri())
         assert report.has(f"storage: {check}", "failed", words), report.text
         assert cure in report.cure
 
     cases: list[tuple[Any, ...]] = [
         ("endpoint", "plain HTTP spoken to a TLS port", "secure: true", {"secure": False}),
-        ("bucket", "untrusted certificate", "/path/ca.pem", {"verify": None}),
+        ("bucket", "certificate not trusted", "/path/ca.pem", {"verify": None}),
         ("bucket", "certificate file missing", "/path/ca.pem", {"verify": "/no/such/ca.pem"}),
         ("object", "checksum not understood", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", {}),
     ]
     doctor.each(test, cases)
-    assert doctor("storage", conf=secure.clearml_conf(), uri=secure.uri(), **CHECKSUM).well(), "with all four cures"
-    report = doctor("storage", conf=secure.clearml_conf(verify=False), uri=secure.uri(), **CHECKSUM)
+    assert doctor("storage", conf=rclone_tls.clearml_conf(), uri=rclone_tls.uri(), **CHECKSUM).well(), (
+        "with all four cures"
+    )
+    report = doctor("storage", conf=rclone_tls.clearml_conf(verify=False), uri=rclone_tls.uri(), **CHECKSUM)
     assert report.well(), report.text
     assert report.has("storage: endpoint", "warning", "certificate not checked")
-    assert secure.keys() == []
+    assert rclone_tls.keys() == []
 
 
 def test_no_such_bucket(doctor: Doctor, rclone: Rclone, seaweed: SeaweedFS, gcs: FakeGCS) -> None:
@@ -332,7 +309,7 @@ def test_no_such_bucket(doctor: Doctor, rclone: Rclone, seaweed: SeaweedFS, gcs:
         assert "make the bucket" in report.cure
 
     cases = [(store, store.clearml_conf(), "storage: bucket") for store in (rclone, seaweed)]
-    doctor.each(test, [*cases, (gcs, "", "storage: Google bucket")])
+    doctor.each(test, [*cases, (gcs, "sdk {}", "storage: bucket")])
     for store in (rclone, seaweed):
         with closing(store.client()) as s3:
             assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["models"], "a bucket was made"
@@ -354,8 +331,8 @@ def test_clouds_without_credentials(doctor: Doctor) -> None:
 
     azure = "azure://account.blob.core.windows.net/container/path"
     cases = [
-        ("gs://models", ["Google credentials"], "gcloud auth application-default login"),
-        (azure, ["library", "Azure account"], "uv sync --group azure|AZURE_STORAGE_ACCOUNT"),
+        ("gs://models", ["credentials"], "gcloud auth application-default login"),
+        (azure, ["library", "credentials"], "uv sync --group azure|AZURE_STORAGE_ACCOUNT"),
         ("s3://models", ["credentials"], "AWS_ACCESS_KEY_ID"),
     ]
     doctor.each(test, cases)
@@ -365,7 +342,7 @@ def test_access_denied(doctor: Doctor, seaweed: SeaweedFS) -> None:
     key, secret = seaweed.READER
     conf = seaweed.clearml_conf(key=key, secret=secret)
     report = unchanged(seaweed, lambda: doctor("storage", conf=conf, uri=seaweed.uri()))
-    assert report.has("storage: object", "failed", "write: access denied", "AccessDenied"), report.text
+    assert report.has("storage: object", "failed", "cannot write", "access denied", "AccessDenied"), report.text
     assert "permit" in report.cure
     assert report.code == 1
     assert unchanged(seaweed, lambda: doctor("storage", conf=seaweed.clearml_conf(), uri=seaweed.uri())).well()
@@ -375,7 +352,7 @@ def test_an_endpoint_that_does_not_answer(doctor: Doctor, rclone: Rclone) -> Non
     def test(doctor: Doctor, host: str, words: str, cure: str) -> None:
         begin = time.monotonic()
         report = doctor("storage", conf=rclone.clearml_conf(host=host), uri=f"s3://{host}/models")
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60  # a check has 15 s
         assert words in "".join(each["value"] for each in report.findings.values() if each["state"] == "failed")
         assert cure in report.cure
 
@@ -389,7 +366,7 @@ def test_an_endpoint_that_does_not_answer(doctor: Doctor, rclone: Rclone) -> Non
     assert doctor("storage", conf=rclone.clearml_conf(), uri=rclone.uri()).well(), "with a host that answers"
 
 
-def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, secure: Rclone) -> None:
+def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, rclone_tls: Rclone) -> None:
     def test(doctor: Doctor, store: S3Store, wrong: str, words: str) -> None:
         report = doctor("storage", uri="s3://models", **store.environment() | {"AWS_ENDPOINT_URL": wrong})
         assert report.has("storage: endpoint", "failed", words, "AWS_ENDPOINT_URL, environment"), report.text
@@ -398,7 +375,7 @@ def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, s
 
     cases = [
         (rclone, rclone.endpoint.replace("http:", "https:"), "TLS spoken to a plain port"),
-        (secure, secure.endpoint.replace("https:", "http:"), "plain HTTP spoken to a TLS port"),
+        (rclone_tls, rclone_tls.endpoint.replace("https:", "http:"), "plain HTTP spoken to a TLS port"),
     ]
     doctor.each(test, cases)
 
@@ -427,7 +404,7 @@ def test_a_quota_in_the_store(doctor: Doctor, tmp_path: Path) -> None:
             time.sleep(0.5)
         report = unchanged(store, lambda: doctor("storage", conf=store.clearml_conf(), uri=store.uri()))
         assert report.has(
-            "storage: object", "failed", "write: store's own error, perhaps its disk or quota", "InternalError"
+            "storage: object", "failed", "cannot write", "store's own error, perhaps its disk or quota", "InternalError"
         ), report.text
         assert "store's log" in report.cure
         store.shell(f"s3.bucket.quota -name {store.bucket} -op remove", "s3.bucket.quota.enforce -apply")
@@ -477,9 +454,9 @@ def test_what_our_stores_never_do(doctor: Doctor, rclone: Rclone) -> None:
         host = f"127.0.0.1:{http.server_port}"
         Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
         cases = [
-            ("QuotaExceeded", "write: quota (Failed"),
-            ("RequestTimeTooSkewed", "write: clock skew"),
-            ("silent", "read: time-out"),
+            ("QuotaExceeded", "quota ("),
+            ("RequestTimeTooSkewed", "clock skew"),
+            ("silent", "time-out"),
         ]
         doctor.each(test, cases)
         http.shutdown()
@@ -494,16 +471,16 @@ def test_a_full_disk(machine: Machine) -> None:
     mount -t tmpfs -o size=4k none "$0" && head -c 4096 /dev/zero > "$0/full" || exit 99
     "$@"; rm "$0/full"; "$@"; ls -A "$0" >&2
     """
-    doctor = [sys.executable, str(ROOT / "doctor.py"), "--json", "--only", "storage", "--output-uri", str(folder)]
+    doctor = [sys.executable, "-m", "clearml_client.doctor", "--json", "--only", "storage", "--output-uri", str(folder)]
     command = ["unshare", "-rm", "sh", "-c", script, str(folder), *doctor]
     try:
-        done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, timeout=60, cwd=ROOT)
     except FileNotFoundError:
         pytest.skip("no unshare here")
     if done.returncode == 99 or "unshare" in done.stderr:
         pytest.skip("no mount namespaces here")
     full, space = (json.loads(text) for text in done.stdout.replace("}\n{", "}\0{").split("\0"))
-    assert full["findings"][-1]["value"].startswith("write: quota"), full
+    assert full["findings"][-1]["value"].startswith(f"{folder}: cannot write: refused: quota"), full
     assert "free space" in full["cure"]
     assert space["ok"], space
     assert not done.stderr, f"an object was left: {done.stderr}"
@@ -520,7 +497,7 @@ ADDRESSES = [
     ("{store}", "API", "something else", "port 8008"),
     ("https://{host}", "address", "TLS spoken to a plain port", "write {api}"),
     ("http://{secure}", "address", "plain HTTP spoken to a TLS port", "write https://{secure}"),
-    ("https://{secure}", "API", "untrusted certificate", "REQUESTS_CA_BUNDLE"),
+    ("https://{secure}", "API", "certificate not trusted", "REQUESTS_CA_BUNDLE"),
 ]
 
 # What is wrong with the entry in clearml.conf; the check that says so; its words; the first cure.
@@ -528,7 +505,7 @@ ENTRIES = [
     ({"host": "127.0.0.1"}, "entry", "the port is missing", 'write host: "{host}"'),
     ({"host": "127.0.0.1:1"}, "entry", "has another port", "one and the same host:port"),
     ({"host": "store.example:9000"}, "entry", "is another host", 'add an entry with host: "{host}"'),
-    ({"host": "http://{host}"}, "entry", "the SDK cannot use it", "without http://"),
+    ({"host": "http://{host}"}, "entry", "the SDK cannot use", "without http://"),
     ({"key": None, "secret": None}, "entry", "dropped in silence", "use_credentials_chain"),
     ({"bucket": "mod"}, "entry", "bucket 'mod' is taken for", "write the whole name"),
     ({"secure": True}, "endpoint", "TLS spoken to a plain port", "secure: false"),
@@ -538,12 +515,12 @@ ENTRIES = [
 
 
 def test_wrong_addresses_and_wrong_entries(
-    doctor: Doctor, server: ClearMLServer, rclone: Rclone, secure: Rclone
+    doctor: Doctor, server: ClearMLServer, rclone: Rclone, rclone_tls: Rclone
 ) -> None:
     """One of each in a run: neither keeps the doctor from the other."""
     with silent() as quiet:
         places = {"web": server.web_url, "api": server.api_url, "silent": quiet, "closed": closed()}
-        places |= {"host": server.api_url.partition("//")[2], "secure": secure.host, "store": rclone.endpoint}
+        places |= {"host": server.api_url.partition("//")[2], "secure": rclone_tls.host, "store": rclone.endpoint}
 
         def test(doctor: Doctor, address: tuple[str, ...], entry: tuple[dict[str, Any], str, str, str]) -> None:
             host, check, words, cure = (text.format(**places) for text in address)
@@ -569,32 +546,6 @@ def test_wrong_addresses_and_wrong_entries(
 
 
 # --- machine, and the whole -----------------------------------------------------------------------------------------
-def test_damaged_mnist_files(machine: Machine, tmp_path: Path) -> None:
-    script = shutil.copy(ROOT / "doctor.py", tmp_path / "doctor.py")
-    raw = tmp_path / "data/MNIST/raw"
-    raw.mkdir(parents=True)
-    shutil.copy(ROOT / "data/README.md", tmp_path / "data")
-    for path in (ROOT / "data/MNIST/raw").glob("*.gz"):
-        shutil.copy(path, raw)
-    plain = raw / "t10k-labels-idx1-ubyte"
-
-    def run() -> Report:
-        return Report(machine.run(script, "--json", "--only", "machine"), machine)
-
-    plain.write_bytes(b"cut short")
-    packed = raw / "train-labels-idx1-ubyte.gz"
-    packed.write_bytes(packed.read_bytes()[:-1])
-    report = run()
-    assert report.code == 1
-    assert report.has("machine: MNIST", "failed", "damaged: train-labels-idx1-ubyte.gz, t10k-labels-idx1-ubyte")
-    assert f"rm {packed} {plain}" in report.cure
-    packed.unlink()
-    plain.unlink()
-    assert run().has("machine: MNIST", "warning", "missing: train-labels-idx1-ubyte.gz")
-    shutil.copy(ROOT / f"data/MNIST/raw/{packed.name}", raw)
-    assert run().well()
-
-
 def test_everything_silent_is_soon_over(machine: Machine) -> None:
     """As a user sees it: a line each, the first cure at the end, exit code 1, and within half a minute."""
     with silent() as quiet:
@@ -606,8 +557,8 @@ def test_everything_silent_is_soon_over(machine: Machine) -> None:
         conf += f'\nsdk.aws.s3.credentials: [ {{ host: "{quiet}", secure: false, {keys} }} ]'
         (machine.home / "clearml.conf").write_text(conf)
         begin = time.monotonic()
-        done = machine.run("doctor.py", "--output-uri", f"s3://{quiet}/bucket")
-        assert time.monotonic() - begin < 30
+        done = machine.run("-m", "clearml_client.doctor", "--output-uri", f"s3://{quiet}/bucket")
+        assert time.monotonic() - begin < 60  # side by side, not one after the other
     assert done.returncode == 1
     assert not done.stderr
     *lines, empty, last = done.stdout.splitlines()
@@ -615,7 +566,6 @@ def test_everything_silent_is_soon_over(machine: Machine) -> None:
         re.match(r"(ok|warning|failed|skipped) +(configuration|server|storage|machine): ", line) for line in lines
     )
     assert not empty
-    assert any(re.match("ok +machine: MNIST +4 files, whole", line) for line in lines)
     assert any(re.match("ok +machine: torch .* CPU threads", line) for line in lines)
     assert last.startswith("Try first: server: API: check host, port and firewall")
     assert Store.secret_key not in done.stdout
@@ -623,8 +573,69 @@ def test_everything_silent_is_soon_over(machine: Machine) -> None:
     assert "\033" not in done.stdout
 
 
+@pytest.mark.parametrize("way", ['"$@" >&-', '"$@" | true', '"$@" >/dev/full', 'PYTHONIOENCODING=ascii "$@"'])
+def test_an_output_that_cannot_take_it(machine: Machine, way: str) -> None:
+    machine.variables = {"CLEARML_CONFIG_FILE": str(machine.home / "ä.conf"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "clearml_client.doctor", "--only", "configuration"]
+    script = ["bash", "-o", "pipefail", "-c", way, "bash", *command]
+    done = subprocess.run(script, env=machine.environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert ("\\xe4.conf" in done.stdout) == ("ascii" in way)
+
+
+NOTEBOOK = """
+import io, runpy, sys
+import types
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.stdout, sys.argv = io.StringIO(), ["doctor", "--only", "configuration"]
+try:
+    runpy.run_module("clearml_client.doctor", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(sys.stdout.getvalue(), "the kernel lives", end.code, file=sys.__stdout__)
+"""
+
+
+def test_a_notebook_goes_on(machine: Machine) -> None:
+    machine.variables = {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", NOTEBOOK]
+    done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, timeout=60)
+    assert "configuration: ClearML server" in done.stdout
+    assert done.stdout.endswith("the kernel lives 0\n"), done.stderr
+
+
+# What stores say that ours never do.
+ANSWERS = [
+    ("(ExpiredToken) when calling the PutObject operation: The provided token has expired.", "expired key"),
+    ("(InvalidToken): The provided token is malformed or otherwise invalid.", "session token not accepted"),
+    ("(AuthorizationHeaderMalformed): the region 'x' is wrong; expecting 'eu-west-1'", "wrong region"),
+    ("(501) when calling the PutObject operation: Not Implemented", "checksum not understood"),
+    ("Unsupported value STREAMING-UNSIGNED-PAYLOAD-TRAILER", "checksum not understood"),
+    ("(SlowDown): Please reduce your request rate.", "too many requests"),
+    ("Invalid header value b'AWS4-HMAC-SHA256 Credential=AK\\n/2026'", "a line break or blank in a key"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), ANSWERS)
+def test_a_stores_answer_has_words(text: str, words: str) -> None:
+    assert diagnose(ValueError(text)).words == words
+
+
+@pytest.mark.parametrize(
+    ("profile", "arguments", "words"),
+    [
+        (None, {"endpoint_url": "http://my_store:9000"}, "no valid host name"),
+        (None, {"region_name": "eu west"}, "wrong region"),
+        ("nonesuch", {}, "unknown profile"),
+    ],
+)
+def test_a_refusal_of_boto3_has_words(profile: str | None, arguments: dict[str, str], words: str) -> None:
+    with pytest.raises((BotoCoreError, ValueError)) as error:
+        boto3.Session(profile_name=profile).client("s3", **arguments).list_buckets()  # type: ignore[call-overload]
+    assert diagnose(error.value).words == words
+
+
 def test_help_says_what_the_exit_codes_mean(machine: Machine) -> None:
-    done = machine.run("doctor.py", "--help")
+    done = machine.run("-m", "clearml_client.doctor", "--help")
     assert done.returncode == 0
     assert "Exit code 0" in " ".join(done.stdout.split())
-    assert "Example: uv run doctor.py" in done.stdout
+    assert "Example: uv run -m clearml_client.doctor" in done.stdout

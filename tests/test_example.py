@@ -36,11 +36,12 @@ EPOCH = re.compile(
 
 def evaluate(model: Path, count: int = 10_000) -> float:
     """Accuracy of a stored state_dict on the first images of the test set, in per cent."""
-    net = pytorch_mnist.Net()
+    net = pytorch_mnist.Net().eval()
     net.load_state_dict(torch.load(model, weights_only=True))
-    images, labels = pytorch_mnist.load_mnist(ROOT / "data", False, torch.device("cpu"))
-    hits = pytorch_mnist.predict(net, images[:count], 1000).argmax(dim=1) == labels[:count]
-    return hits.float().mean().item() * 100
+    images, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
+    with torch.inference_mode():
+        batches = [net(pytorch_mnist.normalise(batch)) for batch in images[:count].split(1000)]
+    return (torch.cat(batches).argmax(dim=1) == labels[:count]).double().mean().item() * 100
 
 
 def read_session(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
@@ -80,8 +81,9 @@ def test_the_session_holds_arguments_scalars_console_and_model(
     machine, run = epoch
     task, events, console = read_session(machine.session())
     arguments = {name: entry["value"] for name, entry in task["hyperparams"]["Args"].items()}
-    options = set(re.findall(r"--([a-z-]+)", machine.run("pytorch_mnist.py", "--help").stdout.split("options:")[1]))
-    assert {name.replace("_", "-") for name in arguments} == options - {"help"}
+    options = set(re.findall(r"^  --([a-z-]+)", machine.run("pytorch_mnist.py", "--help").stdout, re.MULTILINE))
+    local = {"data-dir", "output-dir", "offline", "resume"}  # they say nothing on another machine
+    assert {name.replace("_", "-") for name in arguments} == options - local
     assert arguments["epochs"] == "1"
     assert (arguments["project_name"], arguments["task_name"]) == ("demo-project", "first")
 
@@ -94,9 +96,9 @@ def test_the_session_holds_arguments_scalars_console_and_model(
     assert scalars["loss", "train"] == pytest.approx(float(line[2]), abs=5e-5)
     assert scalars["loss", "test"] == pytest.approx(float(line[3]), abs=5e-5)
     assert scalars["accuracy", "test"] == pytest.approx(float(line[4]) / 100, abs=5e-5)
-    assert scalars["learning rate", "OneCycleLR"] < 0.001
     assert scalars["images per second", "train"] > 0
-    assert [event["iter"] for event in events if event.get("variant") == "train batch"] == [100, 200, 300, 400]
+    for variant in ("train batch", "OneCycleLR"):
+        assert [event["iter"] for event in events if event.get("variant") == variant] == [100, 200, 300, 400]
 
     assert len(EPOCH.findall(console)) == 1
     assert "\r" not in console
@@ -122,6 +124,7 @@ def test_env_file_variable_and_option_in_rising_precedence(tmp_path: Path) -> No
     checkout.mkdir()
     home.mkdir()
     shutil.copy(ROOT / "pytorch_mnist.py", checkout)
+    shutil.copytree(ROOT / "clearml_client", checkout / "clearml_client")
     places = {name: tmp_path / name for name in ("file", "variable", "option")}
     (checkout / ".env").write_text(f"CLEARML_OUTPUT_URI={places['file']}\n")
     machine = Machine(home, {"PYTHON_DOTENV_DISABLED": "0"})

@@ -1,15 +1,15 @@
 """What makes the training fast, held as mechanisms: times are for benchmarks/compare.py."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.data
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytorch_mnist
-
-Data = tuple[torch.Tensor, torch.Tensor]
 
 
 class Reads(TorchDispatchMode):
@@ -25,22 +25,26 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.fixture
-def data() -> Data:
-    images, labels = pytorch_mnist.load_mnist(pytorch_mnist.HERE / "data", False, torch.device("cpu"))
-    return images[:512], labels[:512]
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set is the first 512 test images."""
+    images, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
+    monkeypatch.setattr(pytorch_mnist, "load_mnist", lambda *_: (images[:512], labels[:512]))
 
 
-def train(images: torch.Tensor, labels: torch.Tensor, batch_size: int) -> list[float]:
-    net, steps = pytorch_mnist.Net(), len(images) // batch_size
-    parts = pytorch_mnist.make_optimizer(net, 0.1, 0.9, 0, steps)
-    return pytorch_mnist.train_epoch(net, *parts, images, labels, batch_size)
+def training(batch_size: int) -> pytorch_mnist.Training:
+    args = Namespace(device="cpu", data_dir=ROOT, epochs=1, dry_run=False, lr=0.1, momentum=0.9, weight_decay=0)
+    args.batch_size, args.test_batch_size = batch_size, 100
+    return pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
 
 
-def test_no_step_waits_for_a_value(data: Data) -> None:
+@pytest.mark.usefixtures("small")
+def test_no_step_waits_for_a_value() -> None:
     reads = []
     for batch_size in (256, 32):
+        case = training(batch_size)
         with Reads() as mode:
-            assert len(train(*data, batch_size)) == 512 // batch_size
+            losses, rates, _ = case.epoch()
+        assert len(losses) == len(rates) == 512 // batch_size
         reads.append(mode.count)
     assert reads[0] == reads[1] <= 1
     with Reads() as mode:
@@ -48,9 +52,10 @@ def test_no_step_waits_for_a_value(data: Data) -> None:
     assert mode.count == 1, "it does not count"
 
 
-def test_the_data_is_one_tensor_and_needs_no_workers(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, labels = data
-    assert (images.dtype, images.shape[1:], labels.dtype) == (torch.uint8, (28, 28), torch.int64)
+@pytest.mark.usefixtures("small")
+def test_the_data_is_one_tensor_and_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # whoever makes one fails
-    train(images, labels, 128)
-    assert pytorch_mnist.predict(pytorch_mnist.Net(), images, 100).shape == (512, 10)
+    case = training(128)
+    assert (case.images.dtype, case.images.shape, case.labels.dtype) == (torch.uint8, (512, 28, 28), torch.int64)
+    case.epoch()
+    assert case.test()[0].shape == (512, 10)

@@ -4,8 +4,10 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from clearml_server import ClearMLServer
-from conftest import LiveServer, Machine
+from conftest import ROOT, LiveServer, Machine
 from PIL import Image
 from test_example import EPOCH, evaluate, read_session
 
@@ -76,9 +78,7 @@ def test_info(shown: Shown, project: str) -> None:
     task = shown.task
     assert task["status"] == "completed"
     assert (task["project"], task["name"]) == (project, "imported" if shown.imported else "online")
-    if not shown.imported:  # an offline session has no room for these two: README
-        assert sorted(task["tags"]) == ["blue", "red"]
-        assert task["comment"].startswith("python pytorch_mnist.py --project-name")
+    assert sorted(task["tags"]) == ["blue", "red"]
 
 
 def test_hyperparameters(shown: Shown) -> None:
@@ -87,18 +87,16 @@ def test_hyperparameters(shown: Shown) -> None:
     assert given["epochs"] == "2"
     assert given["batch_size"] == "256"
     assert given["lr"] == "0.3"
-    weights = sum(weight.numel() for weight in pytorch_mnist.Net().parameters())
-    assert parameters["Setup/parameters"] == str(weights)
-    assert parameters["Setup/network"] == "Net"
-    assert parameters["Setup/optimizer"] == "SGD(lr=0.3, momentum=0.9, weight_decay=0.0005, nesterov=True)"
-    assert parameters["Setup/schedule"] == "OneCycleLR(total_steps=470)"
-    assert parameters["Setup/device"] == str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    assert parameters["Setup/threads"] == "1"  # OMP_NUM_THREADS in conftest.py
-    assert parameters["Setup/torch"] == torch.__version__.split("+")[0]
+    assert {name for name in parameters if not name.startswith("Args/")} == {"Recipe/shift", "Recipe/nesterov"}
 
 
-def test_configuration_object(shown: Shown) -> None:
+def test_configuration_objects(shown: Shown) -> None:
     assert shown.task["network"] == str(pytorch_mnist.Net())
+    setup = shown.task["setup"]
+    assert setup["device"] == str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    assert setup["threads"] == "1"  # OMP_NUM_THREADS in conftest.py
+    assert setup["torch"] == version("torch")
+    assert "momentum: 0.9" in setup["optimizer"]
 
 
 def test_scalars(shown: Shown) -> None:
@@ -108,12 +106,12 @@ def test_scalars(shown: Shown) -> None:
         ("loss", "train"): loss,
         ("loss", "test"): test_loss,
         ("accuracy", "test"): accuracy,
-        ("learning rate", "OneCycleLR"): 0,
     }
     for name, value in expected.items():
         assert curves[name]["x"] == [235, 470]
         assert curves[name]["y"][-1] == pytest.approx(value, abs=1e-4)
-    assert curves["loss", "train batch"]["x"] == [100, 200, 335, 435]
+    for name in (("loss", "train batch"), ("learning rate", "OneCycleLR")):
+        assert curves[name]["x"] == [100, 200, 335, 435]
     assert curves["images per second", "train"]["x"] == [235, 470]
     assert min(curves["images per second", "train"]["y"]) > 0
     assert shown.task["single"]["final accuracy"] == pytest.approx(accuracy, abs=5e-5)
@@ -133,9 +131,9 @@ def test_the_model_evaluated_again_has_the_reported_accuracy(shown: Shown) -> No
         assert model["design"] == str(pytorch_mnist.Net())
         metadata = {name: entry["value"] for name, entry in model["metadata"].items()}
         assert float(metadata["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
-        assert (metadata["epoch"], metadata["batch_size"]) == ("2", "256")
-        assert int(metadata["size"]) == shown.machine.outputs("model.pt").stat().st_size
-        assert f"Model: {model['url']}" in shown.run.stdout
+        assert metadata.keys() == {"accuracy", "epochs", "lr", "seed"}
+        assert (metadata["epochs"], metadata["lr"]) == ("2", "0.3")
+        assert f"Stored: {model['url']}" in shown.run.stdout
         assert model["url"].startswith(shown.task["output_uri"])
         assert "model" not in shown.task["artifacts"]
     assert evaluate(Path(model["file"])) == pytest.approx(accuracy * 100, abs=1e-4)
@@ -144,7 +142,7 @@ def test_the_model_evaluated_again_has_the_reported_accuracy(shown: Shown) -> No
 def test_predictions(shown: Shown) -> None:
     index, label, prediction, confidence = predictions(shown).T
     assert index.tolist() == list(range(10_000))
-    _, labels = pytorch_mnist.load_mnist(pytorch_mnist.HERE / "data", False, torch.device("cpu"))
+    _, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
     assert torch.equal(label.long(), labels)
     assert (label == prediction).double().mean() == pytest.approx(shown.task["single"]["final accuracy"], abs=1e-6)
     assert 0.1 <= confidence.min() <= confidence.max() <= 1
@@ -155,6 +153,8 @@ def test_plots(shown: Shown) -> None:
     (heatmap,) = matrix["data"]
     hits = np.array(heatmap["z"])
     assert heatmap["x"] == heatmap["y"] == DIGITS
+    assert matrix["layout"]["xaxis"]["dtick"] == matrix["layout"]["yaxis"]["dtick"] == 1
+    assert heatmap["zmax"] == (hits - np.diag(hits.diagonal())).max()  # the mistakes have all the colours
     assert (matrix["layout"]["xaxis"]["title"], matrix["layout"]["yaxis"]["title"]) == ("prediction", "label")
     assert hits.sum() == 10_000
     assert hits.trace() / 10_000 == pytest.approx(shown.task["single"]["final accuracy"], abs=1e-6)
@@ -180,7 +180,7 @@ def test_debug_sample_shows_the_worst_mistakes(shown: Shown) -> None:
     _, label, prediction, confidence = predictions(shown).T
     mistakes = (label != prediction).nonzero().flatten()
     worst = mistakes[confidence[mistakes].argmax()]
-    images, _ = pytorch_mnist.load_mnist(pytorch_mnist.HERE / "data", False, torch.device("cpu"))
+    images, _ = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
     tile = Image.fromarray(np.uint8(255 * (1 - picture[60:200, 10:150])))  # the first of 25
     seen = np.asarray(tile.resize((28, 28), Image.Resampling.BOX), dtype=float)
     assert np.corrcoef(seen.flatten(), images[worst].numpy().flatten())[0, 1] > 0.9
@@ -191,7 +191,7 @@ def test_console_has_every_line_once(shown: Shown) -> None:
     assert EPOCH.findall(console) == EPOCH.findall(shown.run.stdout)
     assert len(EPOCH.findall(console)) == 2
     assert console.count("Test accuracy ") == 1
-    assert console.count("Model: ") >= 1
+    assert console.count("Model: ") == 1
     assert "\x1b" not in console
     assert "\r" not in console
 
@@ -199,7 +199,6 @@ def test_console_has_every_line_once(shown: Shown) -> None:
 def test_a_run_without_a_terminal_prints_plain_lines(shown: Shown) -> None:
     assert "\r" not in shown.run.stdout + shown.run.stderr
     assert "images/s" in shown.run.stdout
-    assert shown.machine.outputs("confusion_matrix.png").stat().st_size > 10_000
 
 
 def test_a_terminal_has_a_progress_bar_that_clearml_does_not_record(machine: Machine) -> None:
@@ -214,7 +213,7 @@ def test_a_terminal_has_a_progress_bar_that_clearml_does_not_record(machine: Mac
             break
     os.close(terminal)
     assert process.wait(timeout=60) == 0, seen
-    bar = re.search(rb"\r *\d+%\|.*/60000 \[.* images/s, loss=\d\.\d+", seen)
+    bar = re.search(rb"\r *\d+%\|.*/118 \[", seen)
     assert bar, seen
     _, _, console = read_session(machine.session())
     assert len(EPOCH.findall(console)) == 1
@@ -231,32 +230,30 @@ print(clone.id)
 """
 
 
-@pytest.mark.parametrize("shown", ["online"], indirect=True)
-def test_changes_in_a_cloned_task_take_effect_or_are_ignored_visibly(shown: Shown) -> None:
+def clone(machine: Machine, task: str, *changes: object) -> str:
+    (machine.home / "clone.py").write_text(CLONE)
+    return machine.run(machine.home / "clone.py", task, *changes).stdout.split()[-1]
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["here", "elsewhere"])
+def test_a_clone_trains_as_it_was_changed_and_shows_what_ran(shown: Shown, tmp_path: Path, moved: bool) -> None:
     """The clone is run as clearml-agent runs it: the task to take its arguments from is in CLEARML_TASK_ID."""
     machine = shown.machine
-    task_id = re.search(r"/tasks/(\w+)/", shown.run.stdout)
-    assert task_id
-    (machine.home / "clone.py").write_text(CLONE)
-    changes = [
-        "Args/epochs",
-        1,
-        "Args/batch_size",
-        1000,
-        "Args/dry_run",
-        True,
-        "Setup/threads",
-        2,
-        "Setup/network",
-        "X",
-    ]
-    clone = machine.run(machine.home / "clone.py", task_id[1], *changes).stdout.split()[-1]
-    run = machine.train("--output-dir", "cloned", CLEARML_TASK_ID=clone)
+    changes = ["Args/epochs", 1, "Args/batch_size", 1000, "Args/dry_run", True, "Recipe/nesterov", False]
+    task_id = clone(machine, shown.task["id"], *changes)
+    script = ROOT / "pytorch_mnist.py"
+    if moved:
+        for name in ("clearml_client", "data"):
+            shutil.copytree(ROOT / name, tmp_path / name)
+        script = Path(shutil.copy(script, tmp_path))
+    run = Machine(machine.home, {"CLEARML_TASK_ID": task_id}).run(script)
     assert run.returncode == 0, run.stderr
     assert "epoch 1/1 " in run.stdout
-    assert "Setup/network: X has no effect, the code decides (Net)" in run.stdout
-    parameters = machine.read_task(clone)["parameters"]
-    assert (parameters["Args/batch_size"], parameters["Setup/threads"]) == ("1000", "2")
+    assert "offline session" not in run.stdout
+    task = machine.read_task(task_id)
+    assert (task["parameters"]["Args/batch_size"], task["parameters"]["Recipe/nesterov"]) == ("1000", "False")
+    assert task["parameters"].keys() == shown.task["parameters"].keys()
+    assert "nesterov: False" in task["setup"]["optimizer"]
 
 
 def test_a_run_costs_few_requests(stand_in: ClearMLServer, machine: Machine, few: list[object]) -> None:
@@ -271,5 +268,5 @@ def test_a_run_costs_few_requests(stand_in: ClearMLServer, machine: Machine, few
 
     one, three = requests(1), requests(3)
     print(f"{one} requests with one epoch, {three} with three")
-    assert one <= 80
+    assert one <= 90  # a fifth of them are the proofs of what is stored
     assert three - one <= 2 * 5

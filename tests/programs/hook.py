@@ -1,0 +1,36 @@
+"""Executed before the clean-up, in its process: at the STEP-th change of anything, just before it happens, the process
+kills itself, or waits until the test has broken something. Everything between two changes leaves the same state.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+step, action = int(os.environ.get("STEP", 0)), os.environ.get("ACTION")
+changes, lock = 0, threading.Lock()
+request = re.compile(rb"(PUT|POST|DELETE|GET \S*/tasks\.delete) ?")
+
+
+def hook(event: str, args: tuple[Any, ...]) -> None:
+    global changes
+    changed = event in ("os.remove", "os.rmdir") and "/disk/" in str(args[0])
+    changed |= event == "http.client.send" and isinstance(args[1], bytes) and bool(request.match(args[1]))
+    changed |= event == "open" and ".cleanup-probe" in str(args[0]) and "w" in str(args[1])
+    if not changed:
+        return
+    with lock:
+        changes += 1
+        if changes != step:
+            return
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        open("paused", "w").close()
+        while os.path.exists("paused"):
+            time.sleep(0.01)
+
+
+sys.addaudithook(hook)

@@ -1,0 +1,45 @@
+"""Every private name of the SDK that clearml_client/sdk.py uses, asked of the SDK that is installed."""
+
+import inspect
+
+import clearml.utilities.resource_monitor
+import pytest
+from clearml import Task
+from clearml.storage.helper import StorageHelper, _Boto3Driver, _GoogleCloudStorageDriver
+from clearml.utilities.check_updates import CheckPackageUpdates
+
+from clearml_client import sdk
+
+NAMES = [
+    (sdk.config_obj, "_config"),
+    (sdk.Session, "_offline_mode"),
+    (sdk.Session, "_session_timeout"),
+    (sdk.Session, "get_api_server_host"),
+    (sdk.Session, "get_app_server_host"),
+    (StorageHelper, "_s3_configurations"),
+    (StorageHelper, "_gs_configurations"),
+    (StorageHelper, "_azure_configurations"),
+    (StorageHelper, "_canonize_url"),
+    (_Boto3Driver, "_get_boto_resource_kwargs_from_config"),
+    (_GoogleCloudStorageDriver, "get_container"),
+    (Task, "_get_output_destination_suffix"),
+    (clearml.utilities.resource_monitor, "gpustat"),
+    (CheckPackageUpdates, "_package_version_checked"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_a_private_name_is_still_there(owner: object, name: str) -> None:
+    assert hasattr(owner, name)
+
+
+def test_the_session_takes_its_retries() -> None:
+    assert "http_retries_config" in inspect.signature(sdk.Session.__init__).parameters
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
+def test_settings_can_be_read_and_changed() -> None:
+    before = sdk.setting("sdk.aws.s3.use_credentials_chain", None)
+    sdk.put("sdk.aws.s3.use_credentials_chain", "changed")
+    assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
+    sdk.put("sdk.aws.s3.use_credentials_chain", before)
