@@ -485,9 +485,9 @@ def test_the_cpus_that_a_container_allows(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("given", "quota", "expected"),
     [
-        ({}, 0, {"GOMP_SPINCOUNT": "10000"}),
-        ({}, 1, {"GOMP_SPINCOUNT": "10000", "OMP_NUM_THREADS": "1"}),
-        ({}, 1000, {"GOMP_SPINCOUNT": "10000"}),
+        ({}, 0, {"GOMP_SPINCOUNT": "30000"}),
+        ({}, 1, {"GOMP_SPINCOUNT": "30000", "OMP_NUM_THREADS": "1"}),
+        ({}, 1000, {"GOMP_SPINCOUNT": "30000"}),
         (
             {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"},
             1,
