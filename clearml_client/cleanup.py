@@ -39,7 +39,7 @@ import clearml_client
 clearml_client.load_dotenv()  # before the SDK, which reads variables while it is imported
 
 from clearml_client import configuration, sdk, server
-from clearml_client.faults import RunError, hide, line, plural
+from clearml_client.faults import RunError, hide, line, plural, print_any_letter
 from clearml_client.storage import Folder, StorageError, Store, open_store
 
 Doc = dict[str, Any]
@@ -459,9 +459,7 @@ def total(items: list[Item]) -> str:
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError):  # of a notebook, or closed
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    print_any_letter()
     args = parse_args()
     output = sys.stdout
     with redirect_stdout(sys.stderr if args.json else output):

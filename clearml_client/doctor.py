@@ -36,7 +36,18 @@ clearml_client.load_dotenv()  # before the SDK, which reads variables while it i
 
 from clearml_client import configuration, sdk, server, storage
 from clearml_client.configuration import ACCESS, FILES, HOST, SECRET, VARIABLES, WEB, in_file, nice, origin, variable
-from clearml_client.faults import DENIED, PLAIN_PORT, TLS_PORT, RunError, bounded, diagnose, hide, last4, line
+from clearml_client.faults import (
+    DENIED,
+    PLAIN_PORT,
+    TLS_PORT,
+    RunError,
+    bounded,
+    diagnose,
+    hide,
+    last4,
+    line,
+    print_any_letter,
+)
 
 AREAS = ("configuration", "server", "storage", "machine")
 PATIENCE = 3  # seconds for one answer from the network
@@ -51,10 +62,6 @@ class Finding:
     source: str = ""  # file and key, variable, or default
     cure: str = ""
     name: str = ""
-
-
-class Skipped(Exception):  # noqa: N818
-    """Raised by a check that cannot be made."""
 
 
 @dataclass
@@ -91,8 +98,6 @@ def examine(setup: Setup, name: str, check: Check) -> Finding | None:
     """Make one check. Whatever it raises becomes a finding."""
     try:
         finding = bounded(LIMITS.get(name.partition(":")[0], 15), "time-out", lambda: check(setup))
-    except Skipped as reason:
-        finding = Finding("skipped", str(reason))
     except RunError as error:
         finding = Finding("failed", str(error), error.source, error.cure)
     except Exception as error:
@@ -533,9 +538,7 @@ def report(findings: list[Finding], as_json: bool) -> None:
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError):  # of a notebook, or closed
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    print_any_letter()
     args = parse_args()
     logging.getLogger("clearml").handlers = [logging.NullHandler()]  # the findings say it, in words
     logging.getLogger("clearml").propagate = False

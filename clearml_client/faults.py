@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, Queue
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -129,6 +131,13 @@ def hide(text: object) -> str:
 def line(text: object, most: int = 300) -> str:
     """On one line, without secrets, and not too long."""
     return " ".join(hide(text).split())[:most]
+
+
+def print_any_letter(**more: Any) -> None:
+    """What an output cannot encode is spelt out there. `more` goes to reconfigure(), too."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):  # of a notebook, or closed
+            stream.reconfigure(errors="backslashreplace", **more)  # type: ignore[union-attr]
 
 
 def plural(count: int, word: str) -> str:

@@ -27,7 +27,7 @@ from typing import NamedTuple, NoReturn
 from clearml import Task
 
 from clearml_client import configuration, sdk, server, storage
-from clearml_client.faults import RunError, bounded, line, plural
+from clearml_client.faults import RunError, bounded, line, plural, print_any_letter
 
 Point = tuple[str, str, float, int]  # title, series, value, iteration: the arguments of Logger.report_scalar
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
@@ -153,10 +153,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def guarded_main() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            # A notebook's cannot, and a closed one may be anything; a log file shows each line, in any encoding.
-            with suppress(AttributeError, OSError):
-                stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        print_any_letter(line_buffering=True)  # a log file shows each line at once
         listen()
         try:
             main()
@@ -423,10 +420,11 @@ def finish(task: Task, points: Iterable[Point] = ()) -> None:
         print(f"To take the session to a server: uv run clearml-task --import-offline-session {shlex.quote(session)}")
         return
     wait_for_server("the last reports did not reach it")
+    expected = list(points)
     with watchdog(180, "the last reports did not reach the ClearML server"):
         for pause in (0.2, 1, 2, 5, 10, 20, 20):
             task.flush(wait_for_uploads=True)
-            lost = missing(task, list(points))
+            lost = missing(task, expected)
             if not lost:
                 break
             time.sleep(pause)

@@ -17,7 +17,7 @@ from clearml.backend_api.utils import get_http_session_with_retry  # asks as the
 from clearml.backend_config.defs import get_config_file  # the file that the SDK reads
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever it comes
 from clearml.config import config_obj, get_cache_dir  # the merged settings; unnecessary: Task.get_config() or the like
-from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
+from clearml.storage.helper import StorageHelper, _Boto3Driver, _GoogleCloudStorageDriver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
@@ -69,8 +69,6 @@ def s3_arguments(entry: Any) -> dict[str, Any]:
 def gcs_bucket(uri: str) -> Any:
     """The google.cloud.storage.Bucket that the SDK uses for this place. Raises whatever its library raises."""
     entry = StorageHelper._gs_configurations.get_config_by_uri(uri)
-    from clearml.storage.helper import _GoogleCloudStorageDriver
-
     return _GoogleCloudStorageDriver().get_container(container_name=uri_base(uri), config=entry).bucket
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
@@ -88,12 +88,15 @@ def file_server() -> str:
 
 def default_target() -> tuple[str, str]:
     """Where objects go if nothing else is said, "" for the file server, and who says so."""
-    if value := os.getenv("CLEARML_DEFAULT_OUTPUT_URI", ""):
-        return ("" if value.lower() == "true" else value), variable("CLEARML_DEFAULT_OUTPUT_URI")
-    value = str(sdk.setting("sdk.development.default_output_uri", "") or "")
-    return ("" if value.lower() == "true" else value), in_file(
-        "sdk.development.default_output_uri"
-    ) if value else "default"
+    name, key = "CLEARML_DEFAULT_OUTPUT_URI", "sdk.development.default_output_uri"
+    value = str(os.getenv(name) or sdk.setting(key, "") or "")
+    source = variable(name) if os.getenv(name) else in_file(key) if value else "default"
+    return ("" if value.lower() == "true" else value), source
+
+
+def chunks_of(stream: BinaryIO) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK):
+        yield chunk
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -257,8 +260,7 @@ class GCS(Store):
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         with self.client.blob(key).open("rb", timeout=2 * PATIENCE, chunk_size=CHUNK) as stream:
-            while chunk := stream.read(CHUNK):
-                yield chunk
+            yield from chunks_of(stream)
 
     def _write(self, key: str, data: bytes) -> None:
         self.client.blob(key).upload_from_string(data, timeout=PATIENCE, retry=None)
@@ -305,8 +307,7 @@ class Folder(Store):
 
     def _chunks(self, key: str) -> Iterator[bytes]:
         with open(key, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+            yield from chunks_of(file)
 
     def _write(self, key: str, data: bytes) -> None:
         Path(key).write_bytes(data)
@@ -337,8 +338,7 @@ class ByTheSDK(Store):
     def _chunks(self, key: str) -> Iterator[bytes]:
         copy = StorageManager.get_local_copy(f"{self.name}/{key}", extract_archive=False, force_download=True)
         with open(copy, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+            yield from chunks_of(file)
 
     def _write(self, key: str, data: bytes) -> None:
         with tempfile.NamedTemporaryFile() as file:
@@ -371,9 +371,8 @@ def s3_entry(uri: str) -> tuple[Any, str]:
         place = f"{ENTRIES}[{same.index(True) if True in same else '?'}], {path}"
         if used.host and used.host != wanted:
             why = "its port differs" if ":" in used.host else "the port is missing"
-            why = (
-                "they differ in case, and the SDK then writes elsewhere" if used.host.lower() == wanted.lower() else why
-            )
+            if used.host.lower() == wanted.lower():
+                why = "they differ in case, and the SDK then writes elsewhere"
             raise RunError(f"host {used.host!r} is taken for {wanted}: {why}", f'write host: "{wanted}"', place)
         if used.bucket and used.bucket != bucket_name(uri, used):
             raise RunError(f"bucket {used.bucket!r} is taken for {uri}", "write the whole name", place)
