@@ -4,6 +4,8 @@
     uv run pytorch_mnist.py --project-name demo-project --task-name first
     uv run pytorch_mnist.py --output-uri s3://host:port/bucket/path  # where the model goes
     uv run pytorch_mnist.py --resume                                 # after the newest checkpoint
+    uv run pytorch_mnist.py --queue default                          # a ClearML agent runs it
+    uv run torchrun --nproc-per-node 2 pytorch_mnist.py              # two processes, or GPUs
     uv run pytorch_mnist.py --offline --dry-run                      # does it start?
 
 Without a ClearML server it trains all the same, and records a ClearML offline session. On 2 CPU
@@ -47,8 +49,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from clearml_client import checkpoint, run
-from clearml_client.arguments import device_name, label, number, storage_uri
+from clearml_client import checkpoint, ranks, run
+from clearml_client.arguments import label, number, storage_uri
 from clearml_client.faults import RunError, plural
 
 HERE = Path(sys.argv[0]).resolve().parent
@@ -123,8 +125,8 @@ class Training:
     """
 
     def __init__(self, args: argparse.Namespace, recipe: dict[str, bool]) -> None:
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.device = torch.device(best if args.device == "auto" else args.device)
+        torch.manual_seed(args.seed)  # after Task.init, which seeds everything with 1337
+        self.device = ranks.device(args.device)
         self.batch_size, self.test_batch_size = args.batch_size, args.test_batch_size
         self.epochs = 1 if args.dry_run else args.epochs
         self.shift = recipe["shift"]
@@ -137,6 +139,9 @@ class Training:
         self.test_images, self.test_labels = images[:count].to(self.device), labels[:count]
         self.steps = math.ceil(len(self.images) / args.batch_size)  # of an epoch
         self.net = Net().to(self.device).to(memory_format=torch.channels_last)
+        self.model = ranks.distributed(
+            self.net
+        )  # the same, unless torchrun started several processes
         self.optimizer = torch.optim.SGD(
             self.net.parameters(),
             lr=args.lr,
@@ -159,23 +164,26 @@ class Training:
         Returns the loss and the learning rate of each batch, and images per second.
         """
         begin = time.perf_counter()
-        self.net.train()
+        self.model.train()
+        mine = slice(ranks.RANK, None, ranks.RANKS)  # of each batch: with one process, all of it
         batches = torch.randperm(len(self.images)).to(self.device).split(self.batch_size)
         losses, rates = torch.empty(len(batches), device=self.device), []
         # The bar is for a terminal only (disable=None), past the stderr that ClearML records.
-        terminal = open(2, "w", closefd=False)  # noqa: SIM115
-        for step, batch in enumerate(tqdm(batches, file=terminal, disable=None, leave=False)):
+        terminal, hidden = open(2, "w", closefd=False), True if ranks.RANK else None  # noqa: SIM115
+        for step, batch in enumerate(tqdm(batches, file=terminal, disable=hidden, leave=False)):
             pixels = normalise(self.images[batch])
             if self.shift:
                 pixels = shift(pixels)
-            loss = functional.cross_entropy(self.net(pixels), self.labels[batch])
+            logits, labels = self.model(pixels[mine]), self.labels[batch[mine]]
+            loss = functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
             self.optimizer.zero_grad()
-            loss.backward()
+            (loss * ranks.RANKS).backward()  # of which the ranks take the mean
             self.optimizer.step()
             rates.append(float(self.schedule.get_last_lr()[0]))
             self.schedule.step()
             losses[step] = loss.detach()  # stays on the device: reading it would make a GPU wait
         seconds = time.perf_counter() - begin
+        losses = ranks.add_up(losses)
         return losses.tolist(), rates, round(len(self.images) / seconds)
 
     def test(self) -> tuple[Tensor, float, float]:
@@ -191,31 +199,38 @@ class Training:
 
 
 # --- ClearML: the task, what it reports, its model -------------------------------------------
-def start_task(args: argparse.Namespace, earlier: str) -> Task:
-    """A new task, the earlier one that is resumed, or an offline session."""
-    local = ("data_dir", "output_dir", "offline", "resume")  # these say nothing elsewhere
-    with run.starting(args.offline, earlier) as resumed:
-        Task.set_random_seed(args.seed)  # Task.init seeds everything; without this line with 1337
+def start_task(args: argparse.Namespace, earlier: str) -> tuple[Task, run.Storage]:
+    """A new task, the earlier one that is resumed, or an offline session; with --queue no more."""
+    local = ("data_dir", "output_dir", "offline", "queue", "resume")  # these say nothing elsewhere
+    with run.starting(args.offline, earlier, args.queue) as resumed:
         task: Task = Task.init(
             project_name=args.project_name,
             task_name=args.task_name,
             tags=args.tags,
-            output_uri=False,  # main sets it, once it is proven
+            output_uri=False,  # set below, once it is proven
             reuse_last_task_id=resumed or False,
             continue_last_task=0 if resumed else False,  # 0: do not shift the iterations
             auto_connect_arg_parser=dict.fromkeys(local, False),  # the others: hyperparameters
             auto_connect_frameworks=False,  # the torch.save hook would add a second model
         )
-    return task
+    storage = run.prove_storage(task, args.output_uri)
+    if not task.is_offline():
+        task.output_uri = storage.root
+    packages = (*PACKAGES, *storage.packages)  # that an agent has to install
+    task.set_packages([f"{name}=={version(name)}" for name in packages])
+    if args.queue:
+        with run.leaving(task, args.queue):
+            task.execute_remotely(args.queue)  # ends this process; at the agent --queue is not set
+    return task, storage
 
 
-def describe_setup(task: Task, training: Training, storage: run.Storage) -> None:
-    """What the code and the machine decide, and the packages that an agent has to install."""
+def describe_setup(task: Task, training: Training) -> None:
+    """What the code and the machine decide."""
     setup = {"device": str(training.device), "threads": str(torch.get_num_threads())}
+    setup["processes"] = str(ranks.RANKS)
     setup["optimizer"] = " ".join(str(training.optimizer).split())
-    packages = {name: version(name) for name in (*PACKAGES, *storage.packages)}
-    task.set_configuration_object("setup", config_dict={**setup, **packages})
-    task.set_packages([f"{name}=={number}" for name, number in packages.items()])
+    setup |= {name: version(name) for name in PACKAGES}
+    task.set_configuration_object("setup", config_dict=setup)
     task.set_configuration_object("network", config_text=str(training.net))
 
 
@@ -324,14 +339,15 @@ def parse_args() -> tuple[argparse.Namespace, checkpoint.State]:
     )
     add = parser.add_argument_group("ClearML").add_argument
     project = "mnist-training-poc"
-    add("--project-name", type=label, default=project, help="(default: %(default)s)")
-    add("--task-name", type=label, default="pytorch_mnist", help="(default: %(default)s)")
+    add("--project-name", type=label, default=project, help=f"(default: {project})")
+    add("--task-name", type=label, default="pytorch_mnist", help="(default: pytorch_mnist)")
     add("--tags", nargs="+", default=[], help="tags of the task")
     where = "where the model goes: s3://host:port/bucket/path, s3://bucket/path, gs://..., "
     where += "azure://... or a folder; empty: the file server; by default CLEARML_OUTPUT_URI"
     uri = os.getenv("CLEARML_OUTPUT_URI", "")
     add("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     add("--offline", action="store_true", help="an offline session, whatever is configured")
+    add("--queue", metavar="NAME", help="of a ClearML queue, whose agent runs it; by default here")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=3, help="passes over the set (default: 3)")
     add("--batch-size", type=number(int, 2), default=128, help="in images (default: 128)")
@@ -340,7 +356,7 @@ def parse_args() -> tuple[argparse.Namespace, checkpoint.State]:
     add("--momentum", type=number(float, 0, 0.999), default=0.9, help="of SGD (default: 0.9)")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD (default: 0.0005)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of everything (default: 1)")
-    add("--device", type=device_name, default="auto", help="cpu, cuda or mps; auto: the best here")
+    add("--device", default="auto", help="cpu, cuda or mps; auto: the best here")
     add("--log-interval", type=number(int, 1), default=100, help="in batches (default: 100)")
     add("--data-dir", type=Path, help="MNIST files, downloaded if missing; by default data/")
     add("--dry-run", action="store_true", help="one batch of training and one of testing")
@@ -356,13 +372,11 @@ def parse_args() -> tuple[argparse.Namespace, checkpoint.State]:
 def main() -> None:
     args, saved = parse_args()
     started = time.perf_counter() - saved.get("seconds", 0)
-    task = start_task(args, saved.get("task", ""))
-    storage = run.prove_storage(task, args.output_uri)
-    if not task.is_offline():
-        task.output_uri = storage.root
+    task, storage = start_task(args, saved.get("task", ""))
     recipe = task.connect(saved.get("recipe", dict(RECIPE)), name="Recipe")
+    ranks.share((args, dict(recipe), saved))
     training = Training(args, recipe)
-    describe_setup(task, training, storage)
+    describe_setup(task, training)
     folder = args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
     path = saved.get("path", folder / "checkpoint.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,6 +409,7 @@ def main() -> None:
             f"lr {rates[-1]:.4f}  {speed:,} images/s"
         )
 
+    ranks.leave()
     if saved.get("epoch") == training.epochs:  # trained already, but the end was missing
         log_probs, test_loss, accuracy = training.test()
     model = path.with_name("model.pt")
@@ -415,5 +430,17 @@ def main() -> None:
     checkpoint.mark_finished(path, address or str(model))
 
 
+@run.guarded
+def train_along() -> None:
+    """The other processes of torchrun: their part of each batch, and nothing else."""
+    args, recipe, saved = ranks.share(None)
+    training = Training(args, recipe)
+    if saved:
+        checkpoint.restore(saved, training.parts())
+    for _ in range(saved.get("epoch", 0), training.epochs):
+        training.epoch()
+    ranks.leave()
+
+
 if __name__ == "__main__":
-    main()
+    main() if ranks.RANK == 0 else train_along()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from clearml_client.faults import RunError, line
+from clearml_client import ranks
+from clearml_client.faults import RunError, line, plural
 from clearml_client.storage import check_uri
 
 
@@ -31,13 +32,32 @@ def label(text: str) -> str:
     return text
 
 
-def device_name(text: str) -> str:
-    """`auto` or the name of a device that this machine has."""
+def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What no argument can tell alone. Exits as argparse does."""
+    if args.batch_size < ranks.RANKS:
+        parser.error(f"argument --batch-size: {args.batch_size} images are too few for {ranks.RANKS} processes")
+    if args.queue is None:
+        if reason := no_device(args.device):
+            parser.error(f"argument --device: {reason}")
+        return
+    if not args.queue.strip():
+        parser.error("argument --queue: an empty name")
+    if args.offline:
+        parser.error("argument --queue: not allowed with --offline: no agent gets an offline session")
+    if args.resume is not None:
+        parser.error("argument --queue: not allowed with --resume: the checkpoint is here, and not at the agent")
+
+
+def no_device(name: str) -> str:
+    """Why this machine cannot compute there; nothing for `auto` and each device that it has."""
     try:
-        torch.empty(1, device="cpu" if text == "auto" else text).item()
+        torch.empty(1, device="cpu" if name == "auto" else name).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # depends on the device's kind
-        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine: {line(error).split('. ')[0]}") from None
-    return text
+        return f"no device {name!r} on this machine: {line(error).split('. ')[0]}"
+    gpus = torch.cuda.device_count() if name.startswith(("auto", "cuda")) else 0
+    if 0 < gpus < ranks.LOCAL_RANKS:
+        return f"{ranks.LOCAL_RANKS} processes and {plural(gpus, 'GPU')}: --nproc-per-node {gpus}, or --device cpu"
+    return ""
 
 
 def storage_uri(text: str) -> str:

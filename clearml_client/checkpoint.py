@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from clearml import Task
 
+from clearml_client import ranks
+from clearml_client.arguments import check_together
 from clearml_client.faults import RunError, line
 from clearml_client.run import ending
 
@@ -63,7 +65,8 @@ def restore(saved: State, parts: dict[str, Any]) -> None:
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["generator"])
     session = ", in a new session" if Task.is_offline() else ""
-    print(f"resumed after epoch {saved['epoch']} from {saved['path']}{session}")
+    if ranks.RANK == 0:
+        print(f"resumed after epoch {saved['epoch']} from {saved['path']}{session}")
 
 
 def parse_args(
@@ -73,14 +76,17 @@ def parse_args(
 
     The checkpoint's arguments are the parser's defaults, so that what is given on the command line wins; the parser
     parses once, since ClearML records what it parses. Exits, as argparse does, where there is no checkpoint, where a
-    `fixed` argument would change, and where the run is finished. Raises RunError where the file is no checkpoint.
+    `fixed` argument would change, where the run is finished, and where arguments do not go together. Raises RunError
+    where the file is no checkpoint.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--resume", nargs="?", const="")
     first.add_argument("--output-dir", type=Path, default=parser.get_default("output_dir"))
     given, _ = first.parse_known_args()
     if given.resume is None:
-        return parser.parse_args(), {}
+        args = parser.parse_args()
+        check_together(parser, args)
+        return args, {}
     newest = max(given.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     path = Path(given.resume) if given.resume else newest
     if path is None:
@@ -88,6 +94,7 @@ def parse_args(
     saved = load(path, net)
     parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in vars(given)})
     args = parser.parse_args()
+    check_together(parser, args)
     for name in fixed:
         if getattr(args, name) != (began := saved["args"][name]):
             parser.error(f"argument --resume: --{name.replace('_', '-')} was {began}, and cannot change now")

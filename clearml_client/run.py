@@ -22,12 +22,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from clearml import Task
 
-from clearml_client import configuration, sdk, server, storage
+from clearml_client import agent, configuration, sdk, server, storage
 from clearml_client.faults import RunError, bounded, line, plural, print_any_letter
+
+ranks: Any = None
+if int(os.getenv("WORLD_SIZE", "1")) > 1:  # torchrun's processes; it takes torch, which a run of one does without
+    from clearml_client import ranks
 
 Point = tuple[str, str, float, int]  # title, series, value, iteration: the arguments of Logger.report_scalar
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
@@ -59,6 +63,7 @@ class Ending:
     aborted = False
     postponing = False
     code: int | None = None
+    reason = ""
     last_resort: threading.Timer | None = None
 
     def doctor(self) -> str:
@@ -78,23 +83,38 @@ class Ending:
 
     def tell(self, what: str, code: int, seconds: float = 30) -> None:
         """The last line, and the end after so many seconds: ClearML may wait for a server that is gone."""
-        self.code = code
+        self.code, self.reason = code, line(what, 1000)
         self.last_resort = threading.Timer(seconds, os._exit, [code])
         self.last_resort.daemon = True
         self.last_resort.start()
         # Not even the interpreter's lock keeps this one.
         faulthandler.dump_traceback_later(seconds + 5, exit=True, file=2)
         with suppress(OSError, ValueError):
-            print(f"{SCRIPT.name}: {line(what, 1000)}{self.saved()}", file=sys.stderr, flush=True)
+            print(f"{SCRIPT.name}: {self.reason}{self.saved()}", file=sys.stderr, flush=True)
 
     def stop(self, number: int, _: FrameType | None = None) -> None:
         """The handler of signals, in the main thread: raises Stopped there, once."""
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # an impatient second one
-        if self.code is None:
-            self.tell(ABORTED if self.aborted else SIGNALS[signal.Signals(number)], 128 + number, 8)
+        if self.code is not None:  # told already: it ends
+            return
+        self.tell_signal(number)
         if not self.postponing:
             raise Stopped
+
+    def tell_signal(self, number: int) -> None:
+        if lost := ranks.lost() if ranks else "":  # then torchrun stops the others
+            self.tell(f"error: {lost}", 1)
+        else:
+            self.tell(ABORTED if self.aborted else SIGNALS[signal.Signals(number)], 128 + number, 8)
+
+    def stop_anyway(self, number: int) -> None:
+        """In a thread: the main one waits for another process, and its handler did not run."""
+        if self.code is None:
+            self.tell_signal(number)
+            with suppress(Exception):
+                self.settle(Stopped())
+            os._exit(self.code or 1)
 
     def abort(self) -> None:
         """The SDK's callback, in a thread of its own, after which it would kill the process."""
@@ -117,11 +137,11 @@ class Ending:
             task.close()
             return
         server.ping()  # or its calls would wait
-        if isinstance(error, KeyboardInterrupt):
+        if self.code in STOPPED_BY:
             if not self.aborted:
-                task.mark_stopped(force=True, status_message=STOPPED_BY.get(self.code or 0, "stopped"))
+                task.mark_stopped(force=True, status_message=STOPPED_BY[self.code])
         else:
-            reason = line(f"{type(error).__name__}: {error}", 1000)
+            reason = self.reason if isinstance(error, Stopped) else line(f"{type(error).__name__}: {error}", 1000)
             task.mark_failed(status_reason=reason, status_message=reason, force=True)
         task.flush()
 
@@ -154,8 +174,15 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def guarded_main() -> None:
         print_any_letter(line_buffering=True)  # a log file shows each line at once
-        listen()
+        if ranks and ranks.RANK:
+            ranks.obey({*SIGNALS})
+        else:
+            listen()
+            if ranks:
+                ranks.remind(ending.stop_anyway)
         try:
+            if ranks:
+                ranks.join()
             main()
         except SystemExit as end:
             if not Task.current_task():  # argparse
@@ -173,7 +200,13 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
 
 def end_early(error: BaseException) -> NoReturn:
     """Say it, give the task its status, leave."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     hint = f"; find the cause: {ending.doctor()}"
+    if ranks and ending.code is None and (lost := ranks.lost_by(error)):
+        error, hint = RunError(lost), ""
+        if ranks.RANK and ranks.stopping.wait(1):  # rank 0 tells
+            ending.leave(1)
     code = error.code if isinstance(error, RunError | SystemExit) and isinstance(error.code, int) else 1
     if ending.code is not None:  # a signal has told already
         code = ending.code
@@ -207,10 +240,11 @@ def listen() -> None:
 
 
 @contextmanager
-def starting(offline: bool = False, earlier: str = "") -> Iterator[str]:
+def starting(offline: bool = False, earlier: str = "", queue: str = "") -> Iterator[str]:
     """Around Task.init: the configuration can be read, a server answers, or the session is an offline one.
 
     Gives the id of the `earlier` task, if it can be gone on with: a session cannot, and a finished task must not.
+    With a `queue`, it is there, and an agent will find what the script needs.
     Signals wait until the task is whole: half made it could not be marked as stopped. Raises RunError, in less than
     two minutes whatever is silent.
     """
@@ -218,6 +252,10 @@ def starting(offline: bool = False, earlier: str = "") -> Iterator[str]:
     configuration.check_cache()
     reason = configuration.why_offline(offline)
     resumed = "" if reason or earlier.startswith("offline-") else earlier
+    if reason and queue:
+        raise wrong_use(f"cannot queue: no agent gets an offline session, and it is one, because {reason}")
+    if queue and ranks and ranks.NODES > 1:
+        raise wrong_use(f"cannot queue: an agent is one machine, and these are {ranks.NODES}")
     if reason:
         print(f"ClearML: offline session, because {reason}")
         Task.set_offline(True)
@@ -231,6 +269,11 @@ def starting(offline: bool = False, earlier: str = "") -> Iterator[str]:
             raise RunError(f"{error.whole()}; or go without: --offline") from error
         if resumed:
             refuse_finished(resumed)
+        if queue:
+            agent.check_queue(queue)
+            agent.check_repository(SCRIPT)
+    if ranks and ranks.NODES == 1 and Task.running_locally():
+        agent.record_launch(SCRIPT, ranks.RANKS)
     try:
         with postponed(), watchdog(60, "no task from the ClearML server"):
             yield resumed
@@ -262,9 +305,30 @@ def refuse_finished(task_id: str) -> None:
     if status in ("completed", "closed", "published", "publishing", "deleted"):
         models = [model.url for model in task.models["output"]] if task else []
         where = f"; its model: {', '.join(models)}" if models else ""
-        error = RunError(f"cannot resume: the task {task_id} is {status}{where}")
-        error.code = 2
-        raise error
+        raise wrong_use(f"cannot resume: the task {task_id} is {status}{where}")
+
+
+def wrong_use(text: str) -> RunError:
+    error = RunError(text)
+    error.code = 2
+    return error
+
+
+@contextmanager
+def leaving(task: Task, queue: str) -> Iterator[None]:
+    """Around Task.execute_remotely, which ends this process with exit code 0 once the task is in the queue,
+    and prints its page. Raises RunError where it does not get there.
+    """
+    if ranks:
+        ranks.share(None)  # ends the others
+    try:
+        with watchdog(120, f"the task did not get into the queue {queue}"):
+            yield
+    except (*sdk.ERRORS, ValueError) as error:
+        reason = f"the task did not get into the queue {queue}: {line(error)}"
+        with suppress(Exception):
+            task.mark_failed(status_reason=reason, status_message=reason, force=True)
+        raise RunError(reason) from error
 
 
 @contextmanager
@@ -301,8 +365,7 @@ def watchdog(seconds: float, what: str) -> Iterator[None]:
                 ending.hang(what, seconds, stacks)
             waiting = signal.sigpending() & SIGNALS.keys() if hasattr(signal, "sigpending") else set()
             if waiting and ending.code is None:
-                number = min(waiting)
-                ending.tell(SIGNALS[signal.Signals(number)], 128 + number, 8)
+                ending.tell_signal(min(waiting))
 
     thread = threading.Thread(target=watch, daemon=True, name="watchdog")
     with open(stacks, "w") as file:

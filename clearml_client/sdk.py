@@ -16,11 +16,13 @@ from clearml.backend_api.session.session import LoginError  # Task.init's, for k
 from clearml.backend_api.utils import get_http_session_with_retry  # asks as the SDK asks: same certificates and proxies
 from clearml.backend_config.defs import get_config_file  # the file that the SDK reads
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever it comes
+from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
 from clearml.config import config_obj, get_cache_dir  # the merged settings; unnecessary: Task.get_config() or the like
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _GoogleCloudStorageDriver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
+MOST_CHANGES: int = ScriptInfo.max_diff_size_bytes  # of uncommitted changes; more of them are not stored at all
 FOLDER = str(Path(clearml.__file__).parent)
 
 

@@ -11,9 +11,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -135,10 +136,112 @@ class Machine:
         return path
 
 
+class Run:
+    """A run of the script, its output read while it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.begun = time.monotonic()
+        self.text: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self.readers = [threading.Thread(target=self.read, args=(name,), daemon=True) for name in self.text]
+        for reader in self.readers:
+            reader.start()
+
+    def read(self, name: str) -> None:
+        with getattr(self.process, name) as pipe:
+            for line in pipe:
+                self.text[name].append(line)
+
+    @property
+    def stdout(self) -> str:
+        return "".join(self.text["stdout"])
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self.text["stderr"])
+
+    @property
+    def everything(self) -> str:
+        return f"exit code {self.process.returncode}\n{self.stdout}\n{self.stderr}"
+
+    def wait_for(self, words: str, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.stdout:
+            assert self.process.poll() is None, self.everything
+            assert time.monotonic() < deadline, self.everything
+            time.sleep(0.02)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the process and its children, as a terminal's Ctrl-C or a batch system sends it."""
+        os.killpg(self.process.pid, number)
+
+    def end(self, seconds: float = 120) -> int:
+        """The exit code; the run must come to it within this time."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGUSR2)  # a fork of the zygote then shows where each of its threads stands
+            time.sleep(1)
+            pytest.fail(f"not at an end after {seconds} s\n{self.everything}")
+        for reader in self.readers:
+            reader.join(timeout=10)
+        assert not [secret for secret in SECRETS if secret in self.everything]
+        return code
+
+    @property
+    def line(self) -> str:
+        """The one line on stderr that says how the run ended."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("pytorch_mnist.py: ")]
+        assert len(lines) == 1, self.everything
+        assert "Traceback" not in self.stdout + self.stderr, self.everything
+        return lines[0]
+
+    @property
+    def task(self) -> str:
+        found = re.search(r"created new task id=(\S+)", self.stdout)
+        assert found, self.everything
+        return found[1]
+
+
+Begin = Callable[..., Run]
+
+
+def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:
+    """What the server has, point by point."""
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for event in server.events[task].values():
+        if event["type"] == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
+            curves.setdefault((event["metric"], event["variant"]), {})[event["iter"]] = event["value"]
+    return curves
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     (tmp_path / "home").mkdir()
     return Machine(tmp_path / "home")
+
+
+@pytest.fixture
+def online(machine: Machine, stand_in: ClearMLServer) -> ClearMLServer:
+    """The stand-in server, in the machine's clearml.conf."""
+    machine.configure(stand_in.configuration())
+    return stand_in
+
+
+@pytest.fixture
+def begin(machine: Machine) -> Iterator[Begin]:
+    """Starts the script; what is still running when the test ends is killed."""
+    runs: list[Run] = []
+
+    def start(*arguments: object, script: str | Path = "pytorch_mnist.py", fresh: bool = False, **more: str) -> Run:
+        other = Machine(machine.home, {**machine.variables, **more})
+        runs.append(Run(other.start(script, *arguments, start_new_session=True, fresh=fresh)))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.process.kill()
+        run.end()
 
 
 @pytest.fixture(scope="module")

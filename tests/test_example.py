@@ -82,7 +82,7 @@ def test_the_session_holds_arguments_scalars_console_and_model(
     task, events, console = read_session(machine.session())
     arguments = {name: entry["value"] for name, entry in task["hyperparams"]["Args"].items()}
     options = set(re.findall(r"^  --([a-z-]+)", machine.run("pytorch_mnist.py", "--help").stdout, re.MULTILINE))
-    local = {"data-dir", "output-dir", "offline", "resume"}  # they say nothing on another machine
+    local = {"data-dir", "output-dir", "offline", "queue", "resume"}  # they say nothing on another machine
     assert {name.replace("_", "-") for name in arguments} == options - local
     assert arguments["epochs"] == "1"
     assert (arguments["project_name"], arguments["task_name"]) == ("demo-project", "first")

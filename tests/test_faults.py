@@ -19,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
-from conftest import MNIST_FILES, ROOT, SECRETS, Machine, silent
+from conftest import MNIST_FILES, ROOT, Begin, Machine, Run, silent, stored_curves
 from stores import Rclone, free_port
 from test_example import read_session
 
@@ -42,92 +41,6 @@ from clearml_client.faults import RunError
 LONG = 10_000  # epochs that no test waits for
 BUSY = 15  # seconds that a machine with other work may lose; a run's start alone takes 4 when idle
 SPEED = ("images per second", "train")  # the one curve that no two runs share
-
-
-class Run:
-    """A run of the script, its output read while it comes."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.begun = time.monotonic()
-        self.text: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self.readers = [threading.Thread(target=self.read, args=(name,), daemon=True) for name in self.text]
-        for reader in self.readers:
-            reader.start()
-
-    def read(self, name: str) -> None:
-        with getattr(self.process, name) as pipe:
-            for line in pipe:
-                self.text[name].append(line)
-
-    @property
-    def stdout(self) -> str:
-        return "".join(self.text["stdout"])
-
-    @property
-    def stderr(self) -> str:
-        return "".join(self.text["stderr"])
-
-    @property
-    def everything(self) -> str:
-        return f"exit code {self.process.returncode}\n{self.stdout}\n{self.stderr}"
-
-    def wait_for(self, words: str, seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while words not in self.stdout:
-            assert self.process.poll() is None, self.everything
-            assert time.monotonic() < deadline, self.everything
-            time.sleep(0.02)
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the process and its children, as a terminal's Ctrl-C or a batch system sends it."""
-        os.killpg(self.process.pid, number)
-
-    def end(self, seconds: float = 120) -> int:
-        """The exit code; the run must come to it within this time."""
-        try:
-            code = self.process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGUSR2)  # a fork of the zygote then shows where each of its threads stands
-            time.sleep(1)
-            pytest.fail(f"not at an end after {seconds} s\n{self.everything}")
-        for reader in self.readers:
-            reader.join(timeout=10)
-        assert not [secret for secret in SECRETS if secret in self.everything]
-        return code
-
-    @property
-    def line(self) -> str:
-        """The one line on stderr that says how the run ended."""
-        lines = [line for line in self.stderr.splitlines() if line.startswith("pytorch_mnist.py: ")]
-        assert len(lines) == 1, self.everything
-        assert "Traceback" not in self.stdout + self.stderr, self.everything
-        return lines[0]
-
-    @property
-    def task(self) -> str:
-        found = re.search(r"created new task id=(\S+)", self.stdout)
-        assert found, self.everything
-        return found[1]
-
-
-Begin = Callable[..., Run]
-
-
-@pytest.fixture
-def begin(machine: Machine) -> Iterator[Begin]:
-    """Starts the script; what is still running when the test ends is killed."""
-    runs: list[Run] = []
-
-    def start(*arguments: object, **variables: str) -> Run:
-        other = Machine(machine.home, {**machine.variables, **variables})
-        runs.append(Run(other.start("pytorch_mnist.py", *arguments, start_new_session=True)))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.process.kill()
-        run.end()
 
 
 @pytest.fixture
@@ -191,15 +104,6 @@ def named_checkpoint(run: Run, machine: Machine) -> dict[str, Any]:
 
 def statuses(server: ClearMLServer) -> list[str]:
     return [task["status"] for task in server.tasks.values()]
-
-
-def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:
-    """What the server has, point by point."""
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    for event in server.events[task].values():
-        if event["type"] == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
-            curves.setdefault((event["metric"], event["variant"]), {})[event["iter"]] = event["value"]
-    return curves
 
 
 def alike(some: dict[tuple[str, str], dict[int, float]], other: dict[tuple[str, str], dict[int, float]]) -> bool:

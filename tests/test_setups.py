@@ -26,10 +26,10 @@ import clearml_server
 import pytest
 import trustme
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import ROOT, Begin, Machine, Run
 from flask import request
 from stores import Plug, Rclone, free_port
-from test_faults import BUSY, Begin, Run, begin  # noqa: F401
+from test_faults import BUSY
 from werkzeug.serving import make_server
 
 import clearml_client
@@ -345,7 +345,7 @@ def test_a_home_of_another_user(machine: Machine, tmp_path: Path) -> None:
 
 # --- going on, streams, notebooks -------------------------------------------------------------------------------------
 def test_the_command_to_go_on_starts_from_anywhere(
-    begin: Begin,  # noqa: F811
+    begin: Begin,
     machine: Machine,
     few: list[object],
     tmp_path: Path,

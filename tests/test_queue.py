@@ -1,0 +1,309 @@
+"""A run that a ClearML agent has: what is refused here, what the real agent makes of it there.
+
+The agent is in an environment of its own, as it is at its users'. It runs the script by the tests' interpreter, and
+installs nothing: an installation would be three gigabytes.
+"""
+
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from clearml_server import ClearMLServer, Doc
+from conftest import MNIST_FILES, ROOT, Machine, stored_curves
+from stores import Rclone
+
+PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")
+ARGUMENTS = ("--batch-size", 1000, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
+Git = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program clearml-agent."""
+    folder = tmp_path_factory.mktemp("agent") / "environment"
+    subprocess.run(["uv", "venv", "--quiet", folder], check=True)
+    subprocess.run(["uv", "pip", "install", "--quiet", "--python", folder, "clearml-agent==3.0.3"], check=True)
+    return folder / "bin/clearml-agent"
+
+
+@pytest.fixture
+def git(tmp_path: Path, few: list[object]) -> Git:
+    """Git in a checkout of this repository, with a tenth of MNIST, cloned from a remote and like it."""
+    checkout = tmp_path / "checkout"
+    (checkout / "data/MNIST/raw").mkdir(parents=True)
+    for name in MNIST_FILES:
+        small = Path(str(few[1]), "MNIST/raw", name).read_bytes()
+        (checkout / f"data/MNIST/raw/{name}.gz").write_bytes(gzip.compress(small))
+    for name in PRODUCT:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, checkout / name)
+
+    def run(*arguments: object) -> str:
+        command = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com", *map(str, arguments)]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+
+    run("init", "--quiet", "--initial-branch", "main")
+    run("add", ".")
+    run("commit", "--quiet", "--message", "as cloned")
+    run("clone", "--quiet", "--bare", checkout, tmp_path / "remote.git")
+    run("remote", "add", "origin", (tmp_path / "remote.git").as_uri())
+    run("fetch", "--quiet")
+    return run
+
+
+@pytest.fixture
+def checkout(git: Git) -> Path:
+    return Path(git("rev-parse", "--show-toplevel"))
+
+
+class Agent:
+    """A machine with an agent, and without the checkout."""
+
+    def __init__(self, program: Path, home: Path, *configuration: str) -> None:
+        home.mkdir()
+        self.machine = Machine(home)
+        self.machine.configure(*configuration)
+        self.machine.variables = {
+            "CLEARML_CONFIG_FILE": str(home / "clearml.conf"),
+            "CLEARML_AGENT_SKIP_PIP_VENV_INSTALL": sys.executable,
+            "CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL": "1",
+            "TMPDIR": str(home),
+        }
+        self.program = program
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        command = [str(self.program), *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            cwd=self.machine.home,
+            env=self.machine.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def execute(self, task: str) -> tuple[int, str]:
+        """The exit code and the output of the run of one task."""
+        process = self.start("execute", "--id", task)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+
+@pytest.fixture
+def new_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Callable[..., Agent]:
+    return lambda *configuration: Agent(agent, tmp_path / "agent", stand_in.configuration(), *configuration)
+
+
+def parameters(task: Doc) -> dict[str, str]:
+    return {name: value["value"] for name, value in task["hyperparams"]["Args"].items()}
+
+
+def queue(machine: Machine, checkout: Path, *arguments: object) -> str:
+    """The task that the script has put into the queue `default`."""
+    run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *arguments, *ARGUMENTS)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return task_of(run)
+
+
+def task_of(run: subprocess.CompletedProcess[str]) -> str:
+    """It names the page where to look."""
+    found = re.search(r"Switching to remote execution, output log page \S+/tasks/(\w+)/", run.stderr + run.stdout)
+    assert found, run.stdout + run.stderr
+    return found[1]
+
+
+def clone(server: ClearMLServer, task: str, **changed: object) -> str:
+    """What a user does in the web UI: clone, and edit arguments."""
+    new = str(server.tasks_clone(task=task)["id"])
+    for name, value in changed.items():
+        server.tasks[new]["hyperparams"]["Args"][name]["value"] = str(value)
+    return new
+
+
+def test_an_agent_trains_what_was_queued_and_clones_of_it(
+    machine: Machine, online: ClearMLServer, checkout: Path, rclone: Rclone, new_agent: Callable[..., Agent]
+) -> None:
+    machine.configure(online.configuration(), rclone.clearml_conf())
+    script = checkout / "pytorch_mnist.py"
+    script.write_text(script.read_text().replace("DIGITS = ", 'print("an uncommitted change")\nDIGITS = '))
+    machine.variables["CLEARML_OUTPUT_URI"] = rclone.uri("queued")
+    task = queue(machine, checkout, "--epochs", 2)
+    assert online.tasks[task]["status"] == "queued"
+    assert set(parameters(online.tasks[task])) & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
+    packages = online.tasks[task]["script"]["requirements"]["pip"]
+    names = [line.partition("==")[0] for line in packages.splitlines()]
+    assert names == ["clearml", "numpy", "pillow", "python-dotenv", "torch", "torchvision", "tqdm", "boto3"]
+    asked = parameters(online.tasks[task])
+
+    shutil.move(checkout, checkout.with_name("moved"))
+    agent = new_agent(rclone.clearml_conf())  # which has no CLEARML_OUTPUT_URI
+    code, output = agent.execute(task)
+    assert code == 0, output
+    assert "an uncommitted change" in output
+    done = online.tasks[task]
+    assert (done["status"], parameters(done)) == ("completed", asked)
+    assert done["output"]["destination"] == rclone.uri("queued")
+    assert len(stored_curves(online, task)["accuracy", "test"]) == 2
+    shown = machine.read_task(task)
+    (model,) = shown["models"]
+    assert model["url"].startswith(rclone.uri("queued"))
+    (trained,) = agent.machine.home.rglob("outputs/*/model.pt")
+    assert rclone.get(model["url"].partition("/models/")[2]) == trained.read_bytes()
+
+    other = clone(online, task, epochs=1, lr=0.05)
+    code, output = agent.execute(other)
+    assert code == 0, output
+    assert online.tasks[other]["status"] == "completed"
+    assert len(stored_curves(online, other)["accuracy", "test"]) == 1
+    assert max(stored_curves(online, other)["learning rate", "OneCycleLR"].values()) == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_failure_at_the_agent_is_as_truthful_as_here(
+    machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+) -> None:
+    """A device that only the agent may have is not refused here."""
+    task = queue(machine, checkout, "--device", "cuda:7")
+    code, output = new_agent().execute(task)
+    assert code == 2
+    assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in output
+    assert online.tasks[task]["status"] == "failed"
+    assert "exit code 2" in online.tasks[task]["status_reason"]
+
+
+def test_what_torchrun_starts_an_agent_starts_so(
+    machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+) -> None:
+    options = ["--standalone", "--nproc-per-node", 2, checkout / "pytorch_mnist.py", "--queue", "default"]
+    run = machine.run(Path(sys.executable).with_name("torchrun"), *options, *ARGUMENTS, fresh=True)
+    assert run.returncode == 0, run.stderr
+    task = task_of(run)
+    shutil.move(checkout, checkout.with_name("moved"))
+    code, output = new_agent().execute(task)
+    assert code == 0, output
+    assert online.tasks[task]["status"] == "completed"
+    assert 'processes = "2"' in online.tasks[task]["configuration"]["setup"]["value"]
+    assert output.count("epoch 3/3") == 1
+    assert set(stored_curves(online, task)["accuracy", "test"]) == {6, 12, 18}
+
+
+def test_a_daemon_takes_one_task_after_the_other_until_it_is_stopped(
+    machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+) -> None:
+    first = queue(machine, checkout, "--epochs", 1)
+    second, third = clone(online, first), clone(online, first, epochs=10_000)
+    online.tasks_dequeue(task=first)
+    for task in (first, second, third):
+        online.tasks_enqueue(task=task, queue_name="nightly")
+    daemon = new_agent().start("daemon", "--queue", "nightly", "--foreground")
+    try:
+        wait_for(lambda: stored_curves(online, third).get(("accuracy", "test")), daemon)
+        assert [online.tasks[task]["status"] for task in (first, second, third)] == ["completed"] * 2 + ["in_progress"]
+        daemon.terminate()
+        daemon.communicate(timeout=100)
+        wait_for(lambda: online.tasks[third]["status"] == "stopped", None)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(daemon.pid, signal.SIGKILL)
+
+
+def wait_for(something: Callable[[], object], process: subprocess.Popen[str] | None, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not something():
+        assert time.monotonic() < deadline, "it does not come"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+# --- what is refused here, before anything exists ---------------------------------------------------------------------
+def no_remote(git: Git, checkout: Path) -> None:
+    git("remote", "remove", "origin")
+
+
+def not_pushed(git: Git, checkout: Path) -> None:
+    git("commit", "--quiet", "--allow-empty", "--message", "of today")
+
+
+def untracked_module(git: Git, checkout: Path) -> None:
+    (checkout / "clearml_client/mine.py").touch()
+    with open(checkout / "clearml_client/__init__.py", "a") as file:
+        file.write("from clearml_client import mine\n")
+
+
+def no_repository(git: Git, checkout: Path) -> None:
+    shutil.rmtree(checkout / ".git")
+
+
+def too_many_changes(git: Git, checkout: Path) -> None:
+    with open(checkout / "pyproject.toml", "a") as file:
+        file.write("# a comment\n" * 50_000)
+
+
+def changed_picture(git: Git, checkout: Path) -> None:
+    (checkout / "data/MNIST/raw/t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0" * 99))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_remote, "has no remote, from which an agent gets it; git remote add origin URL"),
+        (not_pushed, "is not pushed: an agent cannot get it; git push"),
+        (untracked_module, "git does not track clearml_client/mine.py: an agent would not have it; git add"),
+        (no_repository, "is in no git repository, from which an agent gets it"),
+        (too_many_changes, "bytes of uncommitted changes, of which ClearML stores 500,000; commit and push them"),
+        (changed_picture, "an agent cannot apply uncommitted changes of binary files; commit and push them"),
+    ],
+)
+def test_what_an_agent_could_not_run_is_refused(
+    machine: Machine, online: ClearMLServer, git: Git, checkout: Path, spoil: Callable[..., None], words: str
+) -> None:
+    before = len(online.tasks)
+    spoil(git, checkout)
+    run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *ARGUMENTS)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert words in line
+    assert len(online.tasks) == before
+
+
+def test_untracked_files_that_the_run_does_not_use_are_named(
+    machine: Machine, online: ClearMLServer, checkout: Path
+) -> None:
+    (checkout / "notes.txt").touch()
+    run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *ARGUMENTS)
+    assert run.returncode == 0, run.stderr
+    assert "Not at the agent, since git does not track them: notes.txt" in run.stdout
+
+
+def test_a_missing_queue_is_told_with_those_that_exist(machine: Machine, online: ClearMLServer) -> None:
+    before = len(online.tasks)
+    run = machine.run("pytorch_mnist.py", "--queue", "defualt")
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert "no queue 'defualt' on the ClearML server; its queues: default" in line
+    assert len(online.tasks) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--queue", ""], "argument --queue: an empty name"),
+        (["--queue", "default", "--offline"], "argument --queue: not allowed with --offline"),
+        (["--queue", "default"], "cannot queue: no agent gets an offline session, and it is one, because no server"),
+    ],
+)
+def test_a_queue_without_a_server_or_a_name_is_wrong_use(machine: Machine, arguments: list[str], words: str) -> None:
+    run = machine.run("pytorch_mnist.py", *arguments)
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert not list(machine.home.glob("outputs/*"))
