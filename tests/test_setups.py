@@ -13,246 +13,185 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from string import Template
+from typing import Any
 
+import boto3
 import botocore.exceptions
 import certifi
 import clearml_server
 import pytest
 import trustme
 from clearml_server import ClearMLServer
-from conftest import ROOT, Begin, Machine, Run
+from conftest import ROOT, Machine
 from flask import request
 from stores import Plug, Rclone, free_port
-from test_faults import BUSY
 from werkzeug.serving import make_server
 
 import clearml_client
+import pytorch_mnist
 from clearml_client import arguments, configuration, faults, run
 
+SCRIPT = ("pytorch_mnist.py", "--dry-run", "--data-dir", str(ROOT / "data"))
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name", "any")
 DOCTOR = ("-m", "clearml_client.doctor")
-DRY = ("--dry-run", "--data-dir", ROOT / "data")
-NOTEBOOK = """
-import builtins, io, sys, types
-
-class Stream(io.TextIOBase):  # without reconfigure() and fileno(), as a notebook's
-    encoding = "utf-8"
-    def __init__(self, stream):
-        self.stream = stream
-    def write(self, text):
-        return self.stream.write(text)
-    def flush(self):
-        self.stream.flush()
-
-sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-builtins.__IPYTHON__ = True
-sys.modules["IPython"] = types.ModuleType("IPython")
-sys.modules["IPython"].get_ipython = lambda: None
-"""
+SERVER, STORAGE = ((*DOCTOR, "--only", area) for area in ("server", "storage"))
+Command = tuple[str, ...]
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
-def the_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
-    """The one line on stderr."""
-    assert done.returncode == code, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    return line
-
-
-def failed(machine: Machine, *arguments: object) -> str:
-    """What the doctor calls failed."""
-    done = machine.run(*DOCTOR, *arguments)
-    assert done.returncode == 1, done.stdout + done.stderr
-    return "\n".join(line for line in done.stdout.splitlines() if line.startswith("failed"))
-
-
-# --- certificates -----------------------------------------------------------------------------------------------------
-class Secure(NamedTuple):
-    """A ClearML server, all three parts of it, over https, and the authority that its users do not know."""
-
-    server: ClearMLServer
-    ca: Path
-
-    def configuration(self) -> str:
-        return self.server.configuration().replace("http://", "https://")
+# --- certificates, proxies, addresses ---------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def no_get(tmp_path_factory: pytest.TempPathFactory) -> ClearMLServer:
+    """Behind a proxy that refuses a GET with a body."""
+    server = ClearMLServer(tmp_path_factory.mktemp("no-get"))
+    refuse: Callable[[], Any] = lambda: ("", 411) if request.method == "GET" and request.content_length else None  # noqa: E731
+    server._apps["api"].before_request(refuse)
+    return server
 
 
 @pytest.fixture(scope="module")
-def secure(live: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secure]:
-    if live:
-        pytest.skip("looks into the stand-in server")
-    folder = tmp_path_factory.mktemp("secure")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> ClearMLServer:
+    """Over https, with a certificate of an authority that nobody knows: files/ca.pem."""
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    stand_in = ClearMLServer(folder / "server")
+    server = ClearMLServer(tmp_path_factory.mktemp("secure"))
+    authority.cert_pem.write_to_path(server.files_folder / "ca.pem")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clearml_server, "make_server", partial(make_server, ssl_context=context))
-        stand_in.start()
-    yield Secure(stand_in, folder / "ca.pem")
-    stand_in.stop()
-    assert stand_in.unknown == []
+        server.start()
+    return server
 
 
-TRUSTED: dict[str, tuple[str, dict[str, str]]] = {
-    "not checked": ("api.verify_certificate: false", {}),
-    "not checked, beside a bundle": ("api.verify_certificate: false", {"REQUESTS_CA_BUNDLE": certifi.where()}),
-    "not checked, by variable": ("", {"CLEARML_API_HOST_VERIFY_CERT": '"false"', "CURL_CA_BUNDLE": certifi.where()}),
-    "its authority": ('api.verify_certificate: "{ca}"', {}),
-    "its authority, beside a bundle": ('api.verify_certificate: "{ca}"', {"REQUESTS_CA_BUNDLE": certifi.where()}),
-    "its authority, in HOME": ('api.verify_certificate: "~/ca.pem"', {}),
-    "its authority, in the bundle": ("", {"REQUESTS_CA_BUNDLE": "{ca}"}),
-}
-
-
-@pytest.mark.parametrize("how", TRUSTED)
-def test_a_certificate_of_its_own_authority(secure: Secure, machine: Machine, how: str) -> None:
-    conf, variables = TRUSTED[how]
-    shutil.copy(secure.ca, machine.home)
-    machine.configure(secure.configuration(), conf.format(ca=secure.ca))
-    machine.variables |= {name: value.format(ca=secure.ca) for name, value in variables.items()}
-    done = machine.run("pytorch_mnist.py", *DRY)
-    assert done.returncode == 0, done.stderr
-    assert re.search("Stored: https://.*/model.pt", done.stdout)
-    assert machine.run(*DOCTOR, "--only", "server").returncode == 0
-    done = machine.run(*CLEANUP)
-    assert (done.returncode, done.stderr.endswith("error: no project 'any' on the server\n")) == (2, True), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("conf", "words"),
-    [
-        ("", "certificate not trusted"),
-        ('api.verify_certificate: "/no/such.pem"', "certificate file missing (.*/no/such.pem"),
-    ],
-    ids=["of nobody", "a file that is missing"],
-)
-def test_a_certificate_that_is_not_trusted(secure: Secure, machine: Machine, conf: str, words: str) -> None:
-    """Soon: the SDK alone would ask for ever."""
-    machine.configure(secure.configuration(), conf)
-    machine.variables["REQUESTS_CA_BUNDLE"] = certifi.where()
-    for line in (
-        the_line(machine.run("pytorch_mnist.py", *DRY, timeout=30 + BUSY)),
-        the_line(machine.run(*CLEANUP, timeout=30 + BUSY)),
-        failed(machine, "--only", "server"),
-    ):
-        assert re.search(words.replace("(", r"\("), line)
-        assert "api.verify_certificate" in line
-    assert not secure.server.tasks or all(task["status"] == "completed" for task in secure.server.tasks.values())
-
-
-# --- proxies ----------------------------------------------------------------------------------------------------------
-class Counter:
-    """A port that closes each connection, and counts them."""
-
-    def __init__(self) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://me:p@ss-word@127.0.0.1:{self.listener.getsockname()[1]}"
-        self.count = 0
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                self.listener.accept()[0].close()
-                self.count += 1
+@pytest.fixture(scope="module")
+def servers(stand_in: ClearMLServer, secure: ClearMLServer, no_get: ClearMLServer) -> Iterator[list[ClearMLServer]]:
+    no_get.start()
+    with ExitStack() as stack:
+        for server in (secure, no_get):
+            stack.callback(server.stop)
+        yield [stand_in, secure, no_get]
+    assert not secure.unknown + no_get.unknown
 
 
 @pytest.fixture
-def counter() -> Iterator[Counter]:
-    made = Counter()
-    yield made
-    made.listener.close()
+def places(servers: list[ClearMLServer], rclone: Rclone) -> dict[str, str]:
+    """What $server, $ca and the like stand for in the tables below. Only a proxy may know a name with .invalid."""
+    stand_in, secure, no_get = servers
+    found = {"server": stand_in.configuration(), "no_get": no_get.configuration()}
+    found |= {"api": stand_in.api_url, "files": stand_in.files_url}
+    found["unknown"] = found["server"].replace("127.0.0.1", "clearml.invalid")
+    found["by_proxy"] = found["server"].replace(found["api"], found["api"].replace("127.0.0.1", "clearml.invalid"))
+    found |= {"secure": secure.configuration().replace("http:", "https:"), "ca": str(secure.files_folder / "ca.pem")}
+    store = rclone.host.replace("127.0.0.1", "store.invalid")
+    found |= {"store": rclone.clearml_conf(host=store), "uri": f"s3://{store}/models"}
+    found |= {"plug": Plug(int(stand_in.api_url.rpartition(":")[2])).host, "nobody": f"127.0.0.1:{free_port()}"}
+    return found
 
 
-def test_a_proxy_that_does_not_answer_is_suspected(
-    machine: Machine, stand_in: ClearMLServer, rclone: Rclone, counter: Counter
+def set_up(machine: Machine, places: dict[str, str], conf: str, variables: dict[str, str]) -> None:
+    machine.configure(Template(conf).substitute(places))
+    machine.variables |= {name: Template(value).substitute(places) for name, value in variables.items()}
+
+
+AUTHORITY, NOT_CHECKED = 'api.verify_certificate: "$ca"', "api.verify_certificate: false"
+BUNDLE = {"REQUESTS_CA_BUNDLE": certifi.where()}
+BY_VARIABLE = {"CLEARML_API_HOST_VERIFY_CERT": '"false"', "CURL_CA_BUNDLE": certifi.where()}
+PLUG = {"HTTP_PROXY": "http://$plug", "NO_PROXY": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("command", "conf", "variables"),
+    [
+        pytest.param(SERVER, f"$secure {NOT_CHECKED}", {}, id="certificate not checked"),
+        pytest.param(SCRIPT, f"$secure {NOT_CHECKED}", BUNDLE, id="not checked, beside a bundle"),
+        pytest.param(SERVER, "$secure", BY_VARIABLE, id="not checked, by variable"),
+        pytest.param(SERVER, f"$secure {AUTHORITY}", {}, id="its authority"),
+        pytest.param(SCRIPT, f"$secure {AUTHORITY}", BUNDLE, id="its authority, beside a bundle"),
+        pytest.param(SERVER, '$secure api.verify_certificate: "~/ca.pem"', {}, id="its authority, in HOME"),
+        pytest.param(SERVER, "$secure", {"REQUESTS_CA_BUNDLE": "$ca"}, id="its authority, in the bundle"),
+        pytest.param(SCRIPT, "$by_proxy", PLUG, id="a name that only the proxy knows, script"),
+        pytest.param(SERVER, "$by_proxy", PLUG, id="a name that only the proxy knows, doctor"),
+        pytest.param(SCRIPT, "$no_get", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, id="a proxy that refuses GET"),
+    ],
+)
+def test_what_is_unusual_and_right_works(
+    machine: Machine, places: dict[str, str], command: Command, conf: str, variables: dict[str, str]
 ) -> None:
-    name = "clearml.invalid"
-    machine.configure(stand_in.configuration().replace("127.0.0.1", name))
-    machine.variables["HTTP_PROXY"] = counter.url
-    asked = f"asked through the proxy {counter.url.replace('me:p@ss-word', '***')}: NO_PROXY={name} goes without"
-    script, cleanup = the_line(machine.run("pytorch_mnist.py", *DRY)), the_line(machine.run(*CLEANUP))
-    for line in (script, cleanup, failed(machine, "--only", "server")):
-        assert asked in line
-        assert "ss-word" not in line
-    assert "--offline" in script
-    assert "--offline" not in cleanup  # which has no such option
-    uri, host = (text.replace("127.0.0.1", "store.invalid") for text in (rclone.uri("x"), rclone.host))
-    machine.configure(stand_in.configuration(), rclone.clearml_conf(host=host))
-    machine.variables["NO_PROXY"] = "127.0.0.1"
-    done = machine.run("pytorch_mnist.py", *DRY, "--output-uri", uri)
-    line = done.stderr.splitlines()[-1]
-    assert asked.replace(name, "store.invalid") in line, done.stderr
-    assert asked.replace(name, "store.invalid") in failed(machine, "--only", "storage", "--output-uri", uri)
+    """The doctor asks API, file server and web UI by the run's own calls."""
+    set_up(machine, places, conf, variables)
+    shutil.copy(places["ca"], machine.home)
+    done = machine.run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_proxy_may_know_names_that_this_machine_does_not(machine: Machine, stand_in: ClearMLServer) -> None:
-    proxy = Plug(int(stand_in.api_url.rpartition(":")[2]))
-    api = stand_in.api_url.replace("127.0.0.1", "clearml.invalid")
-    machine.configure(stand_in.configuration().replace(stand_in.api_url, api))
-    machine.variables |= {"HTTP_PROXY": f"http://{proxy.host}", "NO_PROXY": "127.0.0.1"}
-    assert machine.run("pytorch_mnist.py", *DRY).returncode == 0
-    done = machine.run(*DOCTOR, "--only", "server")
-    assert done.returncode == 0, done.stdout
-    assert f"{api}, through the proxy http://{proxy.host}" in done.stdout
+UNTRUSTED, MISSING = "certificate not trusted", r"certificate file missing \(.*/no/such.pem"
+LOST = "asked through the proxy http://[*]{3}@127.0.0.1:[0-9]+: NO_PROXY=NAME.invalid goes without"
+NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
+KEYS = {"CLEARML_API_ACCESS_KEY": ClearMLServer.access_key, "CLEARML_API_SECRET_KEY": ClearMLServer.secret_key}
+NO_WEB = {**KEYS, "CLEARML_API_HOST": "$api", "CLEARML_FILES_HOST": "$files"}
+TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
+ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
+TO_STORE = ("--output-uri", "$uri")
 
 
-def test_a_proxy_that_refuses_get_with_a_body(machine: Machine, tmp_path: Path) -> None:
-    stand_in = ClearMLServer(tmp_path / "server")
-    refuse: Callable[[], Any] = lambda: ("", 411) if request.method == "GET" and request.content_length else None  # noqa: E731
-    stand_in._apps["api"].before_request(refuse)
-    stand_in.start()
-    try:
-        machine.configure(stand_in.configuration())
-        script = machine.run("pytorch_mnist.py", *DRY)
-        lines = [the_line(script), the_line(machine.run(*CLEANUP)), failed(machine, "--only", "server")]
-        for line in lines:
-            assert "411" in line
-            assert "CLEARML_API_DEFAULT_REQ_METHOD=PUT" in line
-            assert "credentials" not in line
-        machine.variables["CLEARML_API_DEFAULT_REQ_METHOD"] = "PUT"
-        assert machine.run("pytorch_mnist.py", *DRY).returncode == 0
-        assert machine.run(*DOCTOR, "--only", "server").returncode == 0
-    finally:
-        stand_in.stop()
+@pytest.mark.parametrize(
+    ("command", "conf", "variables", "words"),
+    [
+        (SCRIPT, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
+        (CLEANUP, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),
+        (SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, f"{MISSING}.*api.verify_certificate"),
+        (SCRIPT, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}.*--offline"),
+        (CLEANUP, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}((?!--offline).)*$"),  # it has no such option
+        ((*SCRIPT, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
+        ((*STORAGE, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
+        *((each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
+        (SCRIPT, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
+        (SERVER, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
+        (SCRIPT, "api: 5", {}, "clearml.conf: api is no section"),  # it parses, and is no reason for an offline run
+        (CLEANUP, 'sdk: "hello"', {}, "clearml.conf: sdk is no section"),
+        (STORAGE, "api: [1]", {}, "clearml.conf: api is no section"),
+        (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
+        ((*SCRIPT, "--offline", *TO_STORE), "sdk.aws: 3", {}, "the SDK cannot use sdk.aws.s3.credentials"),
+        ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: ["x"]', {}, "the SDK cannot use sdk.aws.s3.credentials"),
+        ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: "x"', {}, "the SDK cannot use sdk.aws.s3.credentials"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(
+    machine: Machine,
+    servers: list[ClearMLServer],
+    places: dict[str, str],
+    command: Command,
+    conf: str,
+    variables: dict[str, str],
+    words: str,
+) -> None:
+    set_up(machine, places, conf, variables)
+    before = sum(len(server.tasks) for server in servers)
+    done = machine.run(*(Template(word).substitute(places) for word in command))
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search("^failed|: error: ", line)]
+    assert re.search(words, lines[0]), lines
+    assert len(lines) == 1 or command[:2] == DOCTOR
+    assert "ss-word" not in done.stdout + done.stderr
+    made = sum(len(server.tasks) for server in servers) - before
+    assert made == (command[0] == SCRIPT[0] and "$server" in conf)  # what is wrong with a store is the task's failure
 
 
-def test_an_offline_run_asks_nobody(machine: Machine, counter: Counter) -> None:
-    names = ("http_proxy", "https_proxy", "all_proxy")
-    machine.variables |= dict.fromkeys((*names, *map(str.upper, names)), counter.url)
-    machine.variables |= {"no_proxy": "", "NO_PROXY": ""}
-    assert machine.run("pytorch_mnist.py", *DRY, "--offline").returncode == 0
-    assert counter.count == 0
+def test_an_offline_run_asks_nobody(machine: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        machine.variables |= dict.fromkeys(PROXIES, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        machine.variables |= {"no_proxy": "", "NO_PROXY": ""}
+        assert machine.run(*SCRIPT, "--offline").returncode == 0
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
-# --- what clearml.conf says -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("content", ["api: 5", 'sdk: "hello"', "api: [1]"])
-def test_a_section_that_is_none(machine: Machine, content: str) -> None:
-    """It parses, and is no reason for an offline run."""
-    machine.configure(content)
-    words = f"{machine.home}/clearml.conf: {content[:3]} is no section"
-    assert words in the_line(machine.run("pytorch_mnist.py", *DRY))
-    assert words in the_line(machine.run(*CLEANUP))
-    assert words in failed(machine, "--only", "configuration")
-    offline = machine.run("pytorch_mnist.py", *DRY, "--offline")
-    assert offline.returncode == 0, offline.stderr
-    assert words in offline.stdout
-
-
-@pytest.mark.parametrize("content", ['sdk.aws.s3.credentials: "x"', 'sdk.aws.s3.credentials: ["x"]', "sdk.aws: 3"])
-def test_a_list_of_entries_that_is_none(machine: Machine, content: str) -> None:
-    machine.configure(content)
-    words, uri = "the SDK cannot use sdk.aws.s3.credentials", ("--output-uri", "s3://127.0.0.1:1/bucket")
-    assert words in the_line(machine.run("pytorch_mnist.py", *DRY, "--offline", *uri))
-    assert words in failed(machine, "--only", "storage", *uri)
-
-
+# --- files and folders ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -267,105 +206,74 @@ def test_the_line_of_a_bracket_without_its_other_half(tmp_path: Path, text: str,
     assert configuration.bad_bracket(tmp_path / "clearml.conf") == line
 
 
-def test_a_server_without_an_address_of_its_web_ui(machine: Machine, stand_in: ClearMLServer) -> None:
-    """The SDK guesses it where the API has port 8008, and fails where it has not: before there is a task."""
-    keys = {"CLEARML_API_ACCESS_KEY": stand_in.access_key, "CLEARML_API_SECRET_KEY": stand_in.secret_key}
-    machine.variables |= keys | {"CLEARML_API_HOST": stand_in.api_url, "CLEARML_FILES_HOST": stand_in.files_url}
-    before = len(stand_in.tasks)
-    for line in (the_line(machine.run("pytorch_mnist.py", *DRY)), failed(machine, "--only", "server")):
-        assert "no address of the web UI: set api.web_server (CLEARML_WEB_HOST)" in line
-    assert len(stand_in.tasks) == before
-
-
-def test_a_file_server_that_the_run_does_not_use(machine: Machine, stand_in: ClearMLServer, tmp_path: Path) -> None:
-    machine.configure(stand_in.configuration().replace(stand_in.files_url, f"http://127.0.0.1:{free_port()}"))
-    done = machine.run(*DOCTOR, "--output-uri", tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert re.search("warning .*file server .*this run stores nothing there", done.stdout)
-    assert "file server" in failed(machine, "--only", "server")
-
-
-def test_the_origin_of_a_target_is_named(machine: Machine, stand_in: ClearMLServer) -> None:
-    machine.configure(stand_in.configuration(), 'sdk.development.default_output_uri: "/no/such/folder"')
-    line = machine.run("pytorch_mnist.py", *DRY).stderr.splitlines()[-1]
-    assert "no storage at /no/such/folder: " in line
-    assert "mkdir -p /no/such" in line
-    assert "[sdk.development.default_output_uri, ~/clearml.conf]" in line
-    assert "/no/such/folder: " in failed(machine, "--only", "storage")
-
-
-def test_an_env_file_that_is_not_understood_and_an_offline_run(machine: Machine, tmp_path: Path) -> None:
+def test_an_offline_run_goes_without_an_env_file_that_is_not_understood(machine: Machine, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
     script = shutil.copy(ROOT / "pytorch_mnist.py", tmp_path)
     (tmp_path / ".env").write_text("CLEARML_OUTPUT_URI: /no/such/folder\n")
-    done = machine.run(script, *DRY, "--offline")
+    done = machine.run(script, *SCRIPT[1:], "--offline")
     assert done.returncode == 0, done.stderr
     assert f"ClearML: {tmp_path}/.env, line 1: not understood" in done.stdout
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("uri", "folder"), [("models", "models"), ("./new", "new"), ("~/tilde", "tilde"), ("models/..", "")]
-)
+@pytest.mark.parametrize(("uri", "folder"), [("models", "models"), ("models/..", ""), ("~/tilde", "tilde")])
 def test_a_folder_by_any_name(machine: Machine, uri: str, folder: str) -> None:
     (machine.home / "models").mkdir()
-    done = machine.run("pytorch_mnist.py", *DRY, "--offline", "--output-uri", uri)
+    done = machine.run(*SCRIPT, "--offline", "--output-uri", uri)
     assert done.returncode == 0, done.stderr
     stored = re.search("Stored: file://(.*)", done.stdout)
     assert stored
     assert Path(stored[1]).resolve().is_relative_to(machine.home / folder)
     assert Path(stored[1]).read_bytes() == machine.outputs("model.pt").read_bytes()
-    known = {"models", ".clearml", "outputs", "mnist-training-poc", folder or "models"}
-    assert {path.name for path in machine.home.iterdir()} <= known
+    known = {"models", ".clearml", "outputs", folder or "mnist-training-poc"}
+    assert {path.name for path in machine.home.iterdir()} == known
 
 
 @pytest.mark.parametrize("word", ["undefined", "null", "my-bucket"])
-def test_a_word_is_no_folder_that_is_made(machine: Machine, word: str) -> None:
-    machine.variables["CLEARML_OUTPUT_URI"] = word
-    done = machine.run("pytorch_mnist.py", *DRY, "--offline")
-    assert done.returncode == 2
-    assert f"no folder {word} here" in done.stderr.splitlines()[-1]
-    assert f"no folder {word} here" in failed(machine, "--only", "storage")
-    assert not (machine.home / word).exists()
+def test_a_word_is_no_folder_that_is_made(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    monkeypatch.chdir(machine.home)
+    monkeypatch.setenv("CLEARML_OUTPUT_URI", word)
+    monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        pytorch_mnist.parse_args()
+    assert f"no folder {word} here" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="needs root, to be somebody else")
-def test_a_home_of_another_user(machine: Machine, tmp_path: Path) -> None:
+def test_a_home_of_another_user_is_named(machine: Machine) -> None:
     """As in a container that runs by number, with HOME=/root."""
     machine.home.chmod(0o700)
+    command = ["setpriv", "--reuid=54321", "--clear-groups", sys.executable, *CLEANUP]
     environment = {**machine.environment, "PYTHONPATH": str(ROOT)}
-    user = ["setpriv", "--reuid=54321", "--clear-groups", sys.executable]
-    for command in (DOCTOR, CLEANUP):
-        done = subprocess.run([*user, *command], cwd="/", env=environment, capture_output=True, text=True)
-        text = done.stdout + done.stderr
-        assert done.returncode == 1, text
-        assert f"{machine.home}/clearml.conf cannot be looked for: Permission denied" in text
-        assert "Traceback" not in text
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, f"{machine.home}/clearml.conf cannot be looked for: Permission denied" in line) == (
+        1,
+        True,
+    )
 
 
 # --- going on, streams, notebooks -------------------------------------------------------------------------------------
-def test_the_command_to_go_on_starts_from_anywhere(
-    begin: Begin,
-    machine: Machine,
-    few: list[object],
-    tmp_path: Path,
-) -> None:
+def wait_for(words: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    assert any(words in line for line in process.stdout), process.communicate()
+
+
+def test_the_command_to_go_on_starts_from_anywhere(machine: Machine, few: list[object], tmp_path: Path) -> None:
     """Data and checkpoint were named from the folder in which the run began."""
     (machine.home / "data").symlink_to(str(few[1]))
-    stopped = begin("--data-dir", "data", *few[2:], "--epochs", 1000)
-    stopped.wait_for("epoch 1/")
-    stopped.process.terminate()
-    assert stopped.end() == 143
-    found = re.search("to go on: (.*)", stopped.line)
+    stopped = machine.start("pytorch_mnist.py", "--data-dir", "data", *few[2:], "--epochs", 1000)
+    wait_for("epoch 1/", stopped)
+    stopped.terminate()
+    found = re.search("to go on: (.*)", stopped.communicate()[1])
     assert found
     uv, command, project, root, script, *options = shlex.split(found[1])
     assert (uv, command, project, root) == ("uv", "run", "--project", str(ROOT))
-    resumed = Run(machine.start(script, *options, cwd=tmp_path))
-    try:
-        resumed.wait_for("epoch 3/")
-        assert "resumed after epoch " in resumed.stdout
-    finally:
-        resumed.process.kill()
+    resumed = machine.start(script, *options, cwd=tmp_path)
+    wait_for("resumed after epoch ", resumed)
+    resumed.kill()
+    resumed.communicate()
 
 
 def test_a_script_from_standard_input_has_no_command_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +283,7 @@ def test_a_script_from_standard_input_has_no_command_to_go_on(monkeypatch: pytes
     assert ending.saved() == "; saved: outputs/x/checkpoint.pt"
 
 
-@pytest.mark.parametrize("command", [("pytorch_mnist.py", "--resume", "none.pt"), CLEANUP], ids=["script", "cleanup"])
+@pytest.mark.parametrize("command", [("pytorch_mnist.py", "--resume", "none.pt"), CLEANUP], ids=["script", "clean-up"])
 def test_with_stderr_closed_the_line_is_on_stdout(machine: Machine, command: tuple[str, ...]) -> None:
     words = [sys.executable, *(part.replace("pytorch", f"{ROOT}/pytorch") for part in command)]
     environment = {**machine.environment, "PYTHONPATH": str(ROOT)}
@@ -386,19 +294,15 @@ def test_with_stderr_closed_the_line_is_on_stdout(machine: Machine, command: tup
     assert ": error: " in line
 
 
-def test_in_a_notebook(machine: Machine, stand_in: ClearMLServer, tmp_path: Path) -> None:
-    """As far as it can be told without Jupyter: its %run."""
+def test_in_a_notebook_the_kernel_goes_on(machine: Machine, stand_in: ClearMLServer) -> None:
     machine.configure(stand_in.configuration())
-    (tmp_path / "notebook.py").write_text(NOTEBOOK)
-    for command, code in (
-        (("pytorch_mnist.py", *DRY), 0),
-        (("pytorch_mnist.py", "--resume", "none.pt"), 1),
-        (DOCTOR, 0),
-        (CLEANUP, 2),
-    ):
-        done = machine.run(*command, prelude=tmp_path / "notebook.py")
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stdout + done.stderr
+    script = shlex.join([str(ROOT / SCRIPT[0]), *map(str, SCRIPT[1:])])
+    codes = {f"{script} --resume none.pt": 1, "-m clearml_client.doctor": 0, shlex.join(CLEANUP): 2, script: 0}
+    done = machine.run("tests/programs/notebook.py", *codes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for command, code in codes.items():
+        assert f"%run {command}: {code}\n" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_notebook_is_not_ended_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,32 +334,37 @@ def aws(code: str, message: str = "", status: int = 400) -> Exception:
     return botocore.exceptions.ClientError(answer, "PutObject")
 
 
-TROUBLES: dict[str, Exception] = {
-    "expired key": aws("ExpiredToken", "The provided token has expired."),
-    "session token not accepted": aws("InvalidToken", "The provided token is malformed or otherwise invalid."),
-    "wrong region": aws("AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-west-1'"),
-    "checksum not understood": aws("NotImplemented", "A header you provided implies functionality", 501),
-    "no valid host name": ValueError("Invalid endpoint: http://my_store:9000"),
-    "too many requests": aws("SlowDown", "Please reduce your request rate.", 503),
-    "unknown profile": botocore.exceptions.ProfileNotFound(profile="mnist"),
-}
-OTHERS = {
-    aws("InvalidArgument", "STREAMING-UNSIGNED-PAYLOAD-TRAILER is not supported"): "checksum not understood",
-    botocore.exceptions.InvalidRegionError(region_name="eu west 1"): "wrong region",
-    botocore.exceptions.HTTPClientError(
-        error=ValueError("Invalid header value b'a\\n'")
-    ): "a line break or blank in a key",
-}
-
-
-@pytest.mark.parametrize(("error", "words"), [*((e, w) for w, e in TROUBLES.items()), *OTHERS.items()])
-def test_what_stores_say_is_understood(error: Exception, words: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (aws("ExpiredToken", "The provided token has expired."), "expired key"),
+        (aws("InvalidToken", "The provided token is malformed or otherwise invalid."), "session token not accepted"),
+        (aws("AuthorizationHeaderMalformed", "the region 'x' is wrong; expecting 'eu-west-1'"), "wrong region"),
+        (aws("NotImplemented", "A header you provided implies functionality", 501), "checksum not understood"),
+        (aws("InvalidArgument", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"), "checksum not understood"),
+        (aws("SlowDown", "Please reduce your request rate.", 503), "too many requests"),
+        (ValueError("Invalid header value b'AWS4 Credential=AK\\n/2026'"), "a line break or blank in a key"),
+        (TimeoutError("127.0.0.1:42999: timed out"), "time-out"),  # ports are no statuses
+        (TimeoutError("127.0.0.1:40300: timed out"), "time-out"),
+        (TimeoutError("127.0.0.1:50112: timed out"), "time-out"),
+    ],
+)
+def test_what_a_store_says_is_understood(error: Exception, words: str) -> None:
     assert faults.diagnose(error).words == words
 
 
-@pytest.mark.parametrize("port", [42999, 40300, 50112, 50312])
-def test_a_port_is_no_status(port: int) -> None:
-    assert faults.diagnose(TimeoutError(f"127.0.0.1:{port}: timed out")).words == "time-out"
+@pytest.mark.parametrize(
+    ("profile", "arguments", "words"),
+    [
+        (None, {"endpoint_url": "http://my_store:9000"}, "no valid host name"),
+        (None, {"region_name": "eu west"}, "wrong region"),
+        ("nonesuch", {}, "unknown profile"),
+    ],
+)
+def test_what_boto3_refuses_is_understood(profile: str | None, arguments: dict[str, str], words: str) -> None:
+    with pytest.raises((botocore.exceptions.BotoCoreError, ValueError)) as error:
+        boto3.Session(profile_name=profile).client("s3", **arguments).list_buckets()  # type: ignore[call-overload]
+    assert faults.diagnose(error.value).words == words
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -504,13 +413,3 @@ def test_threads_are_set_unless_the_user_has(
     monkeypatch.setattr(clearml_client, "cpu_quota", lambda: quota)
     clearml_client.load_dotenv()
     assert {name: value for name, value in os.environ.items() if "OMP_" in name} == expected
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="other systems have no affinity")
-def test_the_number_of_threads_follows_the_affinity(machine: Machine) -> None:
-    code = "import clearml_client; clearml_client.load_dotenv(); import torch; print(torch.get_num_threads())"
-    environment = {**machine.environment, "PYTHONPATH": str(ROOT)}
-    del environment["OMP_NUM_THREADS"]
-    command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); {code}"]
-    done = subprocess.run(command, cwd=machine.home, env=environment, capture_output=True, text=True)
-    assert done.stdout == "1\n", done.stderr
