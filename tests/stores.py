@@ -150,6 +150,10 @@ class S3Store(Store):
                 s3.create_bucket(Bucket=self.bucket)
             s3.head_bucket(Bucket=self.bucket)
 
+    def buckets(self) -> list[str]:
+        with closing(self.client()) as s3:
+            return [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
+
     def keys(self) -> list[str]:
         with closing(self.client()) as s3:
             pages = s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
@@ -234,15 +238,6 @@ class SeaweedFS(S3Store):
         with closing(self.client()) as s3:
             s3.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
             s3.delete_object(Bucket=self.bucket, Key="ready")
-
-    def shell(self, *commands: str) -> str:
-        """Runs commands of the administrator's `weed shell`, such as a quota for the bucket."""
-        command = [str(BIN / "weed"), f"-logdir={self.folder}", "shell"]
-        for name in ("master", "filer"):
-            command.append(f"-{name}=127.0.0.1:{self.ports[f'{name}.port']}.{self.ports[f'{name}.port.grpc']}")
-        script = "\n".join([*commands, "exit", ""])
-        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=60, check=True)
-        return done.stdout + done.stderr
 
 
 class FakeGCS(Store):

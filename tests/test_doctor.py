@@ -1,4 +1,7 @@
-"""The doctor against real stores, a stand-in server and sockets that misbehave: diagnosis, cure, and nothing left."""
+"""The doctor against real stores, a stand-in server and sockets that misbehave: diagnosis, cure, and nothing left.
+
+What an error of a store means is in test_setups.py.
+"""
 
 import json
 import os
@@ -7,635 +10,442 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import boto3
 import pytest
-from botocore.exceptions import BotoCoreError
 from clearml_server import ClearMLServer
-from conftest import ROOT, SECRETS, Machine, silent
+from conftest import ROOT, Machine, silent
 from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
 
-from clearml_client.faults import diagnose
+from clearml_client import doctor, storage
+from clearml_client.faults import RunError
+
+DOCTOR = ("-m", "clearml_client.doctor")
+PROVEN = "ok: written, read, compared, deleted in "
 
 
 class Report:
     """What the doctor said with --json, and what must hold of every run."""
 
-    def __init__(self, done: subprocess.CompletedProcess[str], machine: Machine) -> None:
-        self.code, self.text = done.returncode, done.stdout + done.stderr
-        assert done.stdout, self.text
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
         document = json.loads(done.stdout)
-        self.cure: str = document["cure"]
-        self.findings: dict[str, dict[str, str]] = {finding["name"]: finding for finding in document["findings"]}
-        assert not [secret for secret in SECRETS if secret in self.text], "a secret was printed"
+        self.code, self.cure = done.returncode, str(document["cure"])
+        self.findings = {
+            finding["name"]: "{state}: {value} [{source}] {cure}".format(**finding) for finding in document["findings"]
+        }
         assert self.code == (not document["ok"])
-        kept = {"clearml.conf", ".clearml.conf", "other.conf", ".aws", "elsewhere", "gcs.json"}
-        assert {path.name for path in machine.home.iterdir()} <= kept, "something was left in HOME"
+        assert document["ok"] == (not [text for text in self.findings.values() if text.startswith("failed")])
 
-    def state(self, name: str) -> str:
-        return self.findings[name]["state"]
+    def __getitem__(self, name: str) -> str:
+        """The state, the value, who set it, and the cure."""
+        return self.findings[name]
 
-    def has(self, name: str, state: str, *words: str) -> bool:
-        finding = self.findings[name]
-        return finding["state"] == state and all(word in f"{finding['value']} {finding['source']}" for word in words)
-
+    @property
     def well(self) -> bool:
-        return self.code == 0 and all(finding["state"] in ("ok", "warning") for finding in self.findings.values())
+        """Nothing failed, and nothing was skipped."""
+        return not [text for text in self.findings.values() if text.startswith(("failed", "skipped"))]
 
 
-class Doctor:
-    """Runs it with --json on a machine of its own. clearml.conf stays as the last run had it, unless given."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.machine = folder, Machine(folder / "home")
-        self.machine.home.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, *only: str, conf: str | None = None, uri: str | None = None, **variables: str) -> Report:
-        if conf is not None:
-            (self.machine.home / "clearml.conf").write_text(conf)
-        arguments = ["--json", "--only", *only] + ([] if uri is None else [f"--output-uri={uri}"])
-        other = Machine(self.machine.home, variables)
-        return Report(other.run("-m", "clearml_client.doctor", *arguments, timeout=60), self.machine)
-
-    def each(self, test: Callable[..., None], cases: Iterable[tuple[Any, ...]]) -> None:
-        """The test with each case, side by side and each with a doctor of its own: most of a run is waiting."""
-        with ThreadPoolExecutor(4) as pool:
-            runs = {
-                pool.submit(test, Doctor(self.folder / f"case-{number}"), *case): case
-                for number, case in enumerate(cases)
-            }
-        for run, case in runs.items():
-            assert run.exception() is None, f"{case}: {run.exception()}"
-
-
-@pytest.fixture
-def doctor(tmp_path: Path) -> Doctor:
-    return Doctor(tmp_path)
-
-
-@pytest.fixture
-def machine(doctor: Doctor) -> Machine:
-    return doctor.machine
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ClearMLServer]:
-    standin = ClearMLServer(tmp_path / "server")
-    standin.start()
-    yield standin
-    standin.stop()
-    assert not standin.tasks
-    assert not [path for path in standin.files_folder.rglob("*") if path.is_file()], "an object was left"
+Ask = Callable[..., Report]
 
 
 def closed() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+@pytest.fixture
+def ask(machine: Machine) -> Iterator[Ask]:
+    """Runs the doctor for some areas on the machine, in whose HOME it must leave nothing."""
+
+    def run(*only: str, uri: str | None = None, **variables: str) -> Report:
+        target = [] if uri is None else [f"--output-uri={uri}"]
+        other = Machine(machine.home, {**machine.variables, **variables})
+        return Report(other.run(*DOCTOR, "--json", "--only", *only, *target))
+
+    yield run
+    kept = {"clearml.conf", ".clearml.conf", "other.conf", ".aws", "elsewhere"}
+    assert {path.name for path in machine.home.iterdir()} <= kept
+
+
+@pytest.fixture
+def server(stand_in: ClearMLServer) -> Iterator[ClearMLServer]:
+    """Without a task and without an object, afterwards as before."""
+    yield stand_in
+    assert not stand_in.tasks
+    assert not [path for path in stand_in.files_folder.rglob("*") if path.is_file()]
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+def test_everything_silent_comes_to_an_end(machine: Machine) -> None:
+    """As a user sees it: a line each, the first cure at the end, exit code 1."""
+    with silent() as quiet:
+        keys = f'key: "{Store.access_key}", secret: "{Store.secret_key}"'
+        servers = ", ".join(f'{name}_server: "http://{quiet}"' for name in ("api", "web", "files"))
+        access = f'credentials {{ access_key: "{Store.access_key}", secret_key: "{Store.secret_key}" }}'
+        entry = f'sdk.aws.s3.credentials: [ {{ host: "{quiet}", secure: false, {keys} }} ]'
+        machine.configure(f"api {{ {servers}, {access} }}", entry)
+        done = machine.run(*DOCTOR, "--output-uri", f"s3://{quiet}/bucket")
+    assert (done.returncode, done.stderr) == (1, "")
+    *lines, empty, last = done.stdout.splitlines()
+    area = "(ok|warning|failed|skipped) +(configuration|server|storage|machine): "
+    assert [line for line in lines if not re.match(area, line)] == []
+    assert empty == ""
+    assert last.startswith("Try first: server: API: check host, port and firewall")
+    for words in ("ok +machine: torch .* CPU threads", "failed +storage: bucket .*time-out", "warning +server: web"):
+        assert [line for line in lines if re.match(words, line)]
+    assert Store.access_key not in done.stdout
+    assert "\033" not in done.stdout
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["a disk that is full", "a reader that has left"])
+def test_an_output_that_takes_nothing_costs_no_exit_code(machine: Machine, full: bool) -> None:
+    machine.configure("api: 5")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as disk:
+        process = machine.start(*DOCTOR, "--only", "configuration", stdout=disk if full else writer)
+    os.close(writer)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 1
+
+
+def test_help_says_what_the_exit_codes_mean(machine: Machine) -> None:
+    done = machine.run(*DOCTOR, "--help")
+    assert done.returncode == 0
+    assert "Exit code 0" in " ".join(done.stdout.split())
+    assert "Example: uv run -m clearml_client.doctor" in done.stdout
+
+
 # --- configuration --------------------------------------------------------------------------------------------------
-def test_without_any_configuration_it_warns_and_is_well(doctor: Doctor) -> None:
-    report = doctor("configuration", "server", "storage")
-    assert report.code == 0
-    assert report.has("configuration: ClearML server", "warning", "no configuration: runs are recorded offline")
-    assert report.has("server: API", "skipped", "no server is configured")
+def test_without_any_configuration_it_warns_and_is_well(ask: Ask) -> None:
+    report = ask("configuration", "server", "storage")
+    assert report["configuration: ClearML server"].startswith("warning: no configuration: runs are recorded offline")
+    assert report["server: API"].startswith("skipped: no server is configured")
     assert "clearml-init" in report.cure
 
 
-def test_a_configuration_file_that_does_not_exist(doctor: Doctor, machine: Machine, server: ClearMLServer) -> None:
-    missing = doctor("configuration", CLEARML_CONFIG_FILE="~/other.conf")
-    assert missing.has("configuration: file", "failed", "other.conf, and there is no such file", "CLEARML_CONFIG_FILE")
-    assert "CLEARML_CONFIG_FILE" in missing.cure
-    assert missing.code == 1
-    (machine.home / "other.conf").write_text(server.configuration())
-    cured = doctor("configuration", conf="sdk {}", CLEARML_CONFIG_FILE="~/other.conf")
-    assert cured.has("configuration: file", "ok", "~/other.conf; ~/clearml.conf is not read", "CLEARML_CONFIG_FILE")
-    assert cured.has("configuration: ClearML server", "ok", server.api_url, "api.api_server, ~/other.conf")
+HALF = {"clearml.conf": 'api { api_server: "http://127.0.0.1:1" }'}
+OTHER = {"CLEARML_CONFIG_FILE": "~/other.conf"}
+KEYS = {"CLEARML_API_ACCESS_KEY": "an-access-key", "CLEARML_API_SECRET_KEY": "a-wrong-secret"}
+SECRET = {"CLEARML_API_SECRET_KEY": "a-wrong-secret"}
+NO_FILE = r"failed: CLEARML_CONFIG_FILE names .*other.conf, and there is no such file \[CLEARML_CONFIG_FILE"
+HIDDEN = "failed: ClearML ignores ~/.clearml.conf.* mv ~/.clearml.conf ~/clearml.conf"
+SYNTAX = r"failed: .*clearml.conf, line 7: .*\[~/clearml.conf\] correct it at or above that line"
+NO_KEYS = "failed: half a ClearML configuration, api.credentials.access_key .*add .*CLEARML_API_SECRET_KEY"
+WHOLE = r"ok: .*\[api.api_server, ~/clearml.conf; CLEARML_API_ACCESS_KEY, environment"
+BEATS = "warning: CLEARML_API_SECRET_KEY beats api.credentials.secret_key.*unset CLEARML_API_SECRET_KEY"
+CONFIGURATIONS: list[tuple[dict[str, str], dict[str, str], str, str]] = [
+    ({}, OTHER, "file", NO_FILE),
+    ({"clearml.conf": "sdk {}", "other.conf": "$"}, OTHER, "file", "ok: ~/other.conf; ~/clearml.conf is not read"),
+    ({"other.conf": "$"}, OTHER, "ClearML server", r"ok: .*\[api.api_server, ~/other.conf"),
+    ({".clearml.conf": "$"}, {}, "file", HIDDEN),
+    ({"clearml.conf": '$ a: "x'}, {}, "syntax", SYNTAX),
+    (HALF, {}, "ClearML server", NO_KEYS),
+    (HALF, KEYS, "ClearML server", WHOLE),
+    ({"clearml.conf": "$"}, SECRET, "overrides", BEATS),
+]
 
 
-def test_the_hidden_file_is_not_read(doctor: Doctor, machine: Machine, server: ClearMLServer) -> None:
-    hidden = machine.home / ".clearml.conf"
-    hidden.write_text(server.configuration())
-    report = doctor("configuration")
-    assert report.has("configuration: file", "failed", "ClearML ignores ~/.clearml.conf")
-    assert "mv ~/.clearml.conf ~/clearml.conf" in report.cure
-    hidden.rename(machine.home / "clearml.conf")
-    assert doctor("configuration").has("configuration: ClearML server", "ok", server.api_url)
-
-
-def test_a_syntax_error_is_shown_with_its_line(doctor: Doctor, server: ClearMLServer) -> None:
-    def test(doctor: Doctor, good: str, bad: str, line: int) -> None:
-        report = doctor("configuration", "storage", conf=server.configuration().replace(good, bad))
-        assert report.code == 1
-        assert report.has("configuration: syntax", "failed", f"line {line}", "~/clearml.conf"), report.text
-        assert "at or above that line" in report.cure
-        assert report.state("configuration: ClearML server") == "skipped"
-        assert report.state("storage: target") == "ok", "it stops at nothing"
-        assert doctor("configuration", conf=server.configuration()).well()
-
-    cases = [('stand-in-secret-key" }', "stand-in-secret-key }", 5), ("api {", "[api]\n", 3), ("\n}\n", "\n", 6)]
-    doctor.each(test, cases)
-
-
-def test_half_a_configuration(doctor: Doctor, server: ClearMLServer) -> None:
-    half = doctor("configuration", "server", conf=f'api {{ api_server: "{server.api_url}" }}')
-    assert half.code == 1
-    assert half.has(
-        "configuration: ClearML server", "failed", "half a ClearML configuration", "api.credentials.access_key"
-    )
-    assert half.state("server: API") == "skipped"
-    assert "CLEARML_API_SECRET_KEY" in half.cure
-    keys = {"CLEARML_API_ACCESS_KEY": server.access_key, "CLEARML_API_SECRET_KEY": server.secret_key}
-    cured = doctor(
-        "configuration", "server", CLEARML_FILES_HOST=server.files_url, CLEARML_WEB_HOST=server.web_url, **keys
-    )
-    assert cured.well()
-    assert cured.has(
-        "configuration: ClearML server", "ok", "api.api_server, ~/clearml.conf", "CLEARML_API_ACCESS_KEY, environment"
-    )
-
-
-def test_variables_that_override_the_file(doctor: Doctor, server: ClearMLServer) -> None:
-    report = doctor(
-        "configuration", "server", conf=server.configuration(), CLEARML_API_SECRET_KEY="a-wrong-secret-of-the-store"
-    )
-    assert report.has("configuration: overrides", "warning", "CLEARML_API_SECRET_KEY beats api.credentials.secret_key")
-    assert report.has("server: keys", "failed", "not accepted")
-    assert "unset CLEARML_API_SECRET_KEY" in report.findings["configuration: overrides"]["cure"]
-    assert doctor("configuration", "server").well()
-    assert doctor("configuration", "server").well()
+@pytest.mark.parametrize(("files", "variables", "check", "words"), CONFIGURATIONS)
+def test_what_the_configuration_says(
+    ask: Ask,
+    machine: Machine,
+    server: ClearMLServer,
+    files: dict[str, str],
+    variables: dict[str, str],
+    check: str,
+    words: str,
+) -> None:
+    for name, content in files.items():
+        (machine.home / name).write_text(content.replace("$", server.configuration()))
+    report = ask("configuration", "storage", **variables)
+    assert re.match(words, report[f"configuration: {check}"])
+    assert report["storage: target"].startswith("ok"), "it stops at nothing"
 
 
 def test_values_from_dotenv_are_named_as_such(machine: Machine, server: ClearMLServer, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
-    (machine.home / "clearml.conf").write_text(server.configuration())
+    machine.configure(server.configuration())
     (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={machine.home}/elsewhere\nCLEARML_API_ACCESS_KEY=inside\n")
-    other = Machine(machine.home, {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside"})
-    other.variables["PYTHONPATH"] = str(tmp_path)
-    report = Report(other.run("-m", "clearml_client.doctor", "--json", "--only", "configuration", "storage"), machine)
-    assert report.has("configuration: .env", "warning", "wins: CLEARML_API_ACCESS_KEY", f"{tmp_path}/.env")
-    assert report.has("storage: target", "ok", "~/elsewhere", f"CLEARML_OUTPUT_URI, {tmp_path}/.env")
-    assert report.state("storage: object") == "ok"
+    machine.variables = {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside"}
+    machine.variables["PYTHONPATH"] = str(tmp_path)
+    report = Report(machine.run(*DOCTOR, "--json", "--only", "configuration", "storage"))
+    wins = f"warning: another value in the environment wins: CLEARML_API_ACCESS_KEY [{tmp_path}/.env]"
+    assert report["configuration: .env"].startswith(wins)
+    target = f"ok: folder ~/elsewhere, will be made [CLEARML_OUTPUT_URI, {tmp_path}/.env]"
+    assert report["storage: target"].startswith(target)
+    assert report["storage: object"].startswith(PROVEN)
 
 
 # --- server ---------------------------------------------------------------------------------------------------------
-def test_a_server_that_is_well(doctor: Doctor, server: ClearMLServer) -> None:
-    report = doctor("configuration", "server", "storage", conf=server.configuration())
-    assert report.well()
-    assert report.has("server: keys", "ok", "tester", "...-key", "~/clearml.conf")
-    assert report.has("server: version", "ok", "server 2.3.0 with API 2.34", "SDK 2.")
-    assert report.has("server: file server's object", "ok", "written, read, compared, deleted")
-    assert report.has("storage: target", "ok", "file server")
-    methods = [request.method for request in server.requests if "probe-" in request.path or request.path == "/"]
-    assert "POST" in methods
-    assert "DELETE" in methods
+def test_a_server_that_is_well(ask: Ask, machine: Machine, server: ClearMLServer) -> None:
+    machine.configure(server.configuration())
+    report = ask("configuration", "server", "storage")
+    assert re.match("ok: access key ...-key is user tester .*~/clearml.conf", report["server: keys"])
+    assert re.match("ok: server 2.3.0 with API 2.34, SDK 2.", report["server: version"])
+    assert report["server: file server's object"].startswith(PROVEN)
+    assert report["storage: target"].startswith("ok: empty: the ClearML server's file server")
+    assert report.well
 
 
-def test_wrong_keys_and_a_lost_file_server(doctor: Doctor, server: ClearMLServer) -> None:
-    conf = server.configuration().replace("stand-in-access-key", "stand-in-wrong-key-abcd")
-    report = doctor("server", conf=conf, CLEARML_FILES_HOST=f"http://{closed()}", CLEARML_WEB_HOST=server.files_url)
-    assert report.code == 1
-    assert report.has("server: keys", "failed", "...abcd", "not accepted")
+def test_keys_files_and_web_that_are_wrong(ask: Ask, machine: Machine, server: ClearMLServer) -> None:
+    machine.configure(server.configuration().replace("stand-in-access-key", "stand-in-wrong-key-abcd"))
+    lost = f"http://{closed()}"
+    report = ask("server", CLEARML_FILES_HOST=lost, CLEARML_WEB_HOST=server.files_url)
+    assert re.match("failed: access key ...abcd and its secret are not accepted", report["server: keys"])
     assert "make new credentials" in report.cure
-    assert "wrong-key" not in report.text
-    assert report.has("server: web server", "warning", "is no web page")
-    assert report.has("server: file server", "failed", "refused", "CLEARML_FILES_HOST")
-    assert report.state("server: file server's object") == "skipped"
-    assert doctor("server", conf=server.configuration()).well()
+    assert "wrong-key" not in str(report.findings)
+    assert report["server: web server"].startswith(f"warning: {server.files_url} is no web page")
+    assert re.match(f"failed: {lost}: refused.*CLEARML_FILES_HOST", report["server: file server"])
+    assert report["server: file server's object"].startswith("skipped")
 
 
-def test_a_file_server_by_default_is_tried_as_the_run_does(doctor: Doctor, server: ClearMLServer) -> None:
-    alone = doctor("storage", conf=server.configuration(), uri="")
-    assert alone.has("storage: object", "ok", "written, read, compared, deleted", server.files_url)
-    named = server.configuration() + f'\nsdk.development.default_output_uri: "{server.files_url}"'
-    report = doctor("server", "storage", conf=named, uri="")
-    assert report.well(), report.text
-    assert report.has("storage: target", "ok", server.files_url, "sdk.development.default_output_uri, ~/clearml.conf")
-    lost = doctor("server", "storage", conf=named, CLEARML_FILES_HOST=f"http://{closed()}")
-    assert lost.state("server: file server") == lost.state("storage: object") == "failed"
-
-
-# --- storage --------------------------------------------------------------------------------------------------------
-def unchanged(store: Store, run: Callable[[], Report]) -> Report:
-    before = store.keys()
-    report = run()
-    assert store.keys() == before, "an object was left"
-    return report
-
-
-def test_each_kind_of_target(
-    doctor: Doctor, rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS, tmp_path: Path
+def test_a_file_server_that_the_run_does_not_use_is_a_warning(
+    ask: Ask, machine: Machine, server: ClearMLServer
 ) -> None:
-    def test(doctor: Doctor, store: Store | None, conf: str, uri: str, variables: dict[str, str]) -> None:
-        report = doctor("storage", conf=conf, uri=uri, **variables)
-        assert report.well(), report.text
-        assert report.has("storage: object", "ok", "written, read, compared, deleted")
-        if isinstance(store, S3Store):
-            assert report.has("storage: credentials", "ok", "...4321")
-            assert report.has("storage: endpoint", "ok", store.endpoint)
-        if isinstance(store, FakeGCS):
-            assert report.has("storage: credentials", "ok", "emulator", "STORAGE_EMULATOR_HOST, environment")
+    machine.configure(server.configuration())
+    report = ask("server", uri=str(machine.home / "elsewhere"), CLEARML_FILES_HOST=f"http://{closed()}")
+    assert report.code == 0
+    assert re.match("warning: .*refused.*this run stores nothing there", report["server: file server"])
 
+
+@pytest.mark.parametrize(
+    ("setting", "target"),
+    [
+        ("", "ok: empty: the ClearML server's file server [default]"),
+        ("sdk.development.default_output_uri", "ok: {files} [sdk.development.default_output_uri, ~/clearml.conf]"),
+    ],
+)
+def test_a_file_server_by_default_is_tried_as_the_run_does(
+    ask: Ask, machine: Machine, server: ClearMLServer, setting: str, target: str
+) -> None:
+    machine.configure(server.configuration(), f'{setting}: "{server.files_url}"' if setting else "")
+    report = ask("storage", uri="")
+    assert report["storage: target"].startswith(target.format(files=server.files_url))
+    assert report["storage: object"].startswith(PROVEN)
+
+
+@pytest.mark.parametrize(("theirs", "words"), [("2.0", "this SDK cannot talk to it"), ("2.10", "knows newer calls")])
+def test_a_server_that_is_older_than_the_sdk(theirs: str, words: str) -> None:
+    found = doctor.examine(doctor.Setup("", "", claims={"api_version": theirs}), "version", doctor.check_version)
+    assert found
+    assert words in found.value
+    assert found.cure == "update the server"
+
+
+# --- stores ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def stores(rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS) -> Iterator[dict[str, Store]]:
+    """All of them, without an object, afterwards as before; and nobody has made a bucket."""
+    every: dict[str, Store] = {"rclone": rclone, "tls": rclone_tls, "seaweed": seaweed, "gcs": gcs}
+    yield every
+    assert {name: store.keys() for name, store in every.items()} == {name: [] for name in every}
+    assert rclone.buckets() == seaweed.buckets() == ["models"]
+
+
+READER = dict(zip(("key", "secret"), SeaweedFS.READER, strict=True))
+NOWHERE = "no-such-host.invalid:9000"
+HTTP, HTTPS = ({"AWS_ENDPOINT_URL": f"{scheme}://{{host}}"} for scheme in ("http", "https"))
+NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+PROFILE, OTHER_PROFILE = ({**NOBODY, "AWS_PROFILE": name} for name in ("lab", "lib"))
+LAB = f"[lab]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {Store.secret_key}\n"
+NO_EMULATOR = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
+PLAIN, TLS = "TLS spoken to a plain port", "plain HTTP spoken to a TLS port"
+CA, NO_BUCKET = "certificate {} .*/path/ca.pem", "failed: missing: no such bucket.* make the bucket"
+CHUNKS = "failed: .*checksum not understood .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+
+# A store; what is changed in its entry of clearml.conf, or None: variables alone; target; variables; check; finding
+STORES: list[tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]] = [
+    ("rclone", {}, "{uri}", {}, "credentials", r"ok: static keys, access key \.\.\.4321 \[sdk.aws.s3.credentials"),
+    ("seaweed", {}, "{uri}", {}, "endpoint", "ok: http://"),
+    ("tls", {}, "{uri}", CHECKSUM, "endpoint", "ok: https://"),
+    ("tls", {"verify": False}, "{uri}", CHECKSUM, "endpoint", "warning: .*certificate not checked.*ca.pem"),
+    ("tls", None, "s3://models/a/path", {}, "endpoint", r"ok: https://.*\[AWS_ENDPOINT_URL, environment"),
+    ("seaweed", None, "s3://models/a/path", {}, "credentials", "ok: boto3 finds env, access key ...4321"),
+    ("rclone", None, "s3://models", PROFILE, "credentials", "ok: .* shared-credentials-file, access key ...4321"),
+    ("gcs", None, "{uri}", {}, "credentials", r"ok: .*emulator .*\[STORAGE_EMULATOR_HOST, environment"),
+    ("tls", {"secure": False}, "{uri}", {}, "endpoint", f"failed: .*{TLS}.*secure: true"),
+    ("tls", {"verify": None}, "{uri}", {}, "bucket", f"failed: .*{CA.format('not trusted')}"),
+    ("tls", {"verify": "/no/such"}, "{uri}", {}, "bucket", f"failed: .*{CA.format('file missing')}"),
+    ("tls", {}, "{uri}", {}, "object", CHUNKS),
+    ("tls", None, "s3://models", HTTP, "endpoint", f"failed: .*{TLS} .AWS_ENDPOINT_URL, environment. write https:"),
+    ("rclone", None, "s3://models", HTTPS, "endpoint", f"failed: .*{PLAIN} .AWS_ENDPOINT_URL, .* write http:"),
+    ("rclone", {}, "s3://{host}/missing", {}, "bucket", NO_BUCKET),
+    ("seaweed", {}, "s3://{host}/missing", {}, "bucket", NO_BUCKET),
+    ("gcs", None, "gs://missing", {}, "bucket", NO_BUCKET),
+    ("seaweed", READER, "{uri}", {}, "object", "failed: .*cannot write.*access denied.*AccessDenied.*permit"),
+    ("rclone", {"host": "{closed}"}, "s3://{closed}/models", {}, "endpoint", "failed: .*refused.*start the server"),
+    ("rclone", {"host": NOWHERE}, f"s3://{NOWHERE}/x", {}, "endpoint", "failed: .*name not resolved.*correct the host"),
+    ("rclone", None, "s3://models", OTHER_PROFILE, "credentials", "failed: .*lib.*correct AWS_PROFILE"),
+    ("rclone", None, "s3://models", NOBODY, "credentials", "failed: .*no keys.*AWS_ACCESS_KEY_ID"),
+    ("gcs", None, "gs://models", NO_EMULATOR, "credentials", "failed: .*gcloud auth application-default login"),
+]
+
+
+@pytest.mark.parametrize(("name", "entry", "uri", "variables", "check", "words"), STORES)
+def test_what_a_store_says(
+    ask: Ask,
+    machine: Machine,
+    stores: dict[str, Store],
+    name: str,
+    entry: dict[str, Any] | None,
+    uri: str,
+    variables: dict[str, str],
+    check: str,
+    words: str,
+) -> None:
+    store = stores[name]
+    places = {"host": store.host, "uri": store.uri("a/path"), "closed": f"127.0.0.1:{free_port()}"}
+    (machine.home / ".aws").mkdir()
+    (machine.home / ".aws/credentials").write_text(LAB)
+    if entry is None:
+        variables = store.environment() | {key: value.format(**places) for key, value in variables.items()}
+    elif isinstance(store, S3Store):
+        host = {"host": entry["host"].format(**places)} if "host" in entry else {}
+        machine.configure(store.clearml_conf(**entry | host))
+    report = ask("storage", uri=uri.format(**places), **variables)
+    assert re.match(words, report[f"storage: {check}"])
+    assert report["storage: object"].startswith("ok: written") == report.well
+    assert words.startswith("failed") != report.well
+    assert f"storage: {check}: " in report.cure or not words.startswith("failed")
+
+
+def test_azure_without_credentials(ask: Ask) -> None:
+    """As far as that goes without Azure: azure-storage-blob is not among the tests' packages."""
+    report = ask("storage", uri="azure://account.blob.core.windows.net/container/path")
+    assert re.search("uv sync --group azure|AZURE_STORAGE_ACCOUNT", report.cure)
+    assert report["storage: object"].startswith("skipped")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_that_is_not_yet_there(ask: Ask, tmp_path: Path, scheme: str) -> None:
     folder = tmp_path / "not yet there"
-    cases: list[tuple[Any, ...]] = [
-        *((store, store.clearml_conf(), store.uri("a/path"), {}) for store in (rclone, seaweed)),
-        *((store, "sdk {}", "s3://models/a/path", store.environment()) for store in (rclone_tls, seaweed)),
-        (rclone_tls, rclone_tls.clearml_conf(), rclone_tls.uri(), CHECKSUM),
-        (gcs, "sdk {}", gcs.uri("a/path"), gcs.environment()),
-        (None, "sdk {}", str(folder), {}),
-    ]
-    doctor.each(test, cases)
-    doctor.each(test, [(None, "sdk {}", folder.as_uri(), {})])
+    report = ask("storage", uri=f"{scheme}{folder}")
+    assert f"folder {folder}, will be made" in report["storage: target"]
+    assert report["storage: object"].startswith(PROVEN)
     assert not folder.exists()
-    assert [store.keys() for store in (rclone, rclone_tls, seaweed, gcs)] == [[]] * 4, "an object was left"
 
 
-def test_targets_that_are_none(doctor: Doctor, rclone: Rclone, tmp_path: Path) -> None:
-    def test(doctor: Doctor, uri: str, words: str) -> None:
-        report = doctor("storage", uri=uri)
-        assert report.code == 1
-        assert report.has("storage: target", "failed", words), report.text
-        assert report.cure
-        assert "not-a-secret" not in report.text
-        assert report.state("storage: object") == "skipped"
-        right = rclone.uri("x") if uri.startswith("s") else str(tmp_path)
-        assert doctor("storage", conf=rclone.clearml_conf(), uri=right).well()
-
-    cases = [
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
         ("s3:/bucket/path", "no bucket"),
         ("s4://bucket/path", "neither s3://"),
         ("s3://127.0.0.1:9000/", "no bucket"),
         ("s3://AKIATESTSTORE4321:not-a-secret@127.0.0.1:9000/bucket", "credentials do not belong into the URI"),
         ("/no/such/folder", "whose parent exists: /no/such"),
         (__file__, "is not a folder"),
-    ]
-    doctor.each(test, cases)
+    ],
+)
+def test_a_target_that_is_none(uri: str, words: str) -> None:
+    found = doctor.examine(doctor.Setup(uri, "--output-uri"), "storage: target", doctor.check_target)
+    assert found
+    assert (found.state, found.source) == ("failed", "--output-uri")
+    assert words in found.value
+    assert found.cure
+    assert "not-a-secret" not in found.value
 
 
-def test_https_and_its_certificate(doctor: Doctor, rclone_tls: Rclone) -> None:
-    def test(doctor: Doctor, check: str, words: str, cure: str, change: dict[str, object]) -> None:
-        report = doctor("storage", conf=rclone_tls.clearml_conf(**change), uri=rclone_tls.uri())
-        assert report.has(f"storage: {check}", "failed", words), report.text
-        assert cure in report.cure
+# What stands where the API server should be; the check that says so; its words; its cure.
+ADDRESSES = [
+    ("http://no-such-host.invalid:8008", "address", "name not resolved", "correct the host name"),
+    ("http://{closed}", "address", "refused", "correct the port"),
+    ("127.0.0.1:8008", "address", "no address", "http://host:port"),
+    ("{web}", "API", "the web UI", "port 8008"),
+    ("{store}", "API", "something else", "port 8008"),
+    ("https://{host}", "address", PLAIN, "write {api}"),
+    ("http://{secure}", "address", TLS, "write https://{secure}"),
+    ("https://{secure}", "API", "certificate not trusted", "REQUESTS_CA_BUNDLE"),
+    ("https://{secure}", "API", "certificate not trusted", "api.verify_certificate"),
+]
 
-    cases: list[tuple[Any, ...]] = [
-        ("endpoint", "plain HTTP spoken to a TLS port", "secure: true", {"secure": False}),
-        ("bucket", "certificate not trusted", "/path/ca.pem", {"verify": None}),
-        ("bucket", "certificate file missing", "/path/ca.pem", {"verify": "/no/such/ca.pem"}),
-        ("object", "checksum not understood", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required", {}),
-    ]
-    doctor.each(test, cases)
-    assert doctor("storage", conf=rclone_tls.clearml_conf(), uri=rclone_tls.uri(), **CHECKSUM).well(), (
-        "with all four cures"
-    )
-    report = doctor("storage", conf=rclone_tls.clearml_conf(verify=False), uri=rclone_tls.uri(), **CHECKSUM)
-    assert report.well(), report.text
-    assert report.has("storage: endpoint", "warning", "certificate not checked")
-    assert rclone_tls.keys() == []
-
-
-def test_no_such_bucket(doctor: Doctor, rclone: Rclone, seaweed: SeaweedFS, gcs: FakeGCS) -> None:
-    def test(doctor: Doctor, store: Store, conf: str, name: str) -> None:
-        uri = store.uri("runs").replace("/models", "/missing")
-        report = doctor("storage", conf=conf, uri=uri, **store.environment())
-        assert report.code == 1
-        assert report.has(name, "failed", "no such bucket", "missing"), report.text
-        assert "make the bucket" in report.cure
-
-    cases = [(store, store.clearml_conf(), "storage: bucket") for store in (rclone, seaweed)]
-    doctor.each(test, [*cases, (gcs, "sdk {}", "storage: bucket")])
-    for store in (rclone, seaweed):
-        with closing(store.client()) as s3:
-            assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["models"], "a bucket was made"
-            s3.create_bucket(Bucket="missing")
-            uri = store.uri("runs").replace("/models", "/missing")
-            assert doctor("storage", conf=store.clearml_conf(), uri=uri, **store.environment()).well()
-            s3.delete_bucket(Bucket="missing")
+# What is wrong with the entry in clearml.conf; the check that says so; its words; the first cure.
+ENTRIES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"host": "127.0.0.1"}, "entry", "the port is missing", 'write host: "{store_host}"'),
+    ({"host": "127.0.0.1:1"}, "entry", "has another port", "one and the same host:port"),
+    ({"host": "store.example:9000"}, "entry", "is another host", 'add an entry with host: "{store_host}"'),
+    ({"host": "http://{store_host}"}, "entry", "the SDK cannot use", "without http://"),
+    ({"key": None, "secret": None}, "entry", "dropped in silence", "use_credentials_chain"),
+    ({"bucket": "mod"}, "entry", "bucket 'mod' is taken for", "write the whole name"),
+    ({"secure": True}, "endpoint", PLAIN, "secure: false"),
+    ({"key": "AKIAUNKNOWN98765"}, "bucket", "unknown key", "correct the access key"),
+    ({"secret": "a-wrong-secret"}, "bucket", "signature mismatch", "correct the secret key"),
+]
 
 
-def test_clouds_without_credentials(doctor: Doctor) -> None:
-    """As far as that goes without the clouds; azure-storage-blob is not among the tests' packages."""
-
-    def test(doctor: Doctor, uri: str, checks: list[str], cure: str) -> None:
-        report = doctor("storage", uri=uri, NO_GCE_CHECK="true")
-        assert report.code == 1
-        assert "failed" in [report.findings.get(f"storage: {check}", {}).get("state") for check in checks], report.text
-        assert re.search(cure, report.cure), report.cure
-        assert report.state("storage: object") == "skipped"
-
-    azure = "azure://account.blob.core.windows.net/container/path"
-    cases = [
-        ("gs://models", ["credentials"], "gcloud auth application-default login"),
-        (azure, ["library", "credentials"], "uv sync --group azure|AZURE_STORAGE_ACCOUNT"),
-        ("s3://models", ["credentials"], "AWS_ACCESS_KEY_ID"),
-    ]
-    doctor.each(test, cases)
-
-
-def test_access_denied(doctor: Doctor, seaweed: SeaweedFS) -> None:
-    key, secret = seaweed.READER
-    conf = seaweed.clearml_conf(key=key, secret=secret)
-    report = unchanged(seaweed, lambda: doctor("storage", conf=conf, uri=seaweed.uri()))
-    assert report.has("storage: object", "failed", "cannot write", "access denied", "AccessDenied"), report.text
-    assert "permit" in report.cure
-    assert report.code == 1
-    assert unchanged(seaweed, lambda: doctor("storage", conf=seaweed.clearml_conf(), uri=seaweed.uri())).well()
-
-
-def test_an_endpoint_that_does_not_answer(doctor: Doctor, rclone: Rclone) -> None:
-    def test(doctor: Doctor, host: str, words: str, cure: str) -> None:
-        begin = time.monotonic()
-        report = doctor("storage", conf=rclone.clearml_conf(host=host), uri=f"s3://{host}/models")
-        assert time.monotonic() - begin < 60  # a check has 15 s
-        assert words in "".join(each["value"] for each in report.findings.values() if each["state"] == "failed")
-        assert cure in report.cure
-
-    with silent() as quiet:
-        cases = [
-            (closed(), "refused", "start the server"),
-            (quiet, "time-out", "nothing answers"),
-            ("no-such-host.invalid:9000", "name not resolved", "correct the host name"),
-        ]
-        doctor.each(test, cases)
-    assert doctor("storage", conf=rclone.clearml_conf(), uri=rclone.uri()).well(), "with a host that answers"
-
-
-def test_the_wrong_endpoint_in_the_environment(doctor: Doctor, rclone: Rclone, rclone_tls: Rclone) -> None:
-    def test(doctor: Doctor, store: S3Store, wrong: str, words: str) -> None:
-        report = doctor("storage", uri="s3://models", **store.environment() | {"AWS_ENDPOINT_URL": wrong})
-        assert report.has("storage: endpoint", "failed", words, "AWS_ENDPOINT_URL, environment"), report.text
-        assert store.endpoint in report.cure
-        assert doctor("storage", uri="s3://models", **store.environment()).well()
-
-    cases = [
-        (rclone, rclone.endpoint.replace("http:", "https:"), "TLS spoken to a plain port"),
-        (rclone_tls, rclone_tls.endpoint.replace("https:", "http:"), "plain HTTP spoken to a TLS port"),
-    ]
-    doctor.each(test, cases)
-
-
-def test_credentials_that_only_boto3_finds(doctor: Doctor, rclone: Rclone, machine: Machine) -> None:
-    """A profile counts where clearml.conf has no keys, as in pytorch_mnist.py."""
-    uri, variables = "s3://models/x", {"AWS_ENDPOINT_URL": rclone.endpoint, "AWS_PROFILE": "lab"}
-    report = doctor("storage", uri=uri, **variables)
-    assert report.has("storage: credentials", "failed", "lab"), report.text
-    (machine.home / ".aws").mkdir()
-    (machine.home / ".aws/credentials").write_text(
-        f"[lab]\naws_access_key_id = {rclone.access_key}\naws_secret_access_key = {rclone.secret_key}\n"
-    )
-    report = unchanged(rclone, lambda: doctor("storage", uri=uri, **variables))
-    assert report.well(), report.text
-    assert report.has("storage: credentials", "ok", "shared-credentials-file, access key ...4321")
-
-
-def test_a_quota_in_the_store(doctor: Doctor, tmp_path: Path) -> None:
-    """SeaweedFS makes a bucket that is over its quota read-only, and then answers uploads with 500."""
-    with SeaweedFS(tmp_path / "full") as store, closing(store.client()) as s3:
-        s3.put_object(Bucket=store.bucket, Key="big", Body=os.urandom(3_000_000))
-        store.shell(f"s3.bucket.quota -name {store.bucket} -op set -sizeMB 1")
-        deadline = time.monotonic() + 30
-        while "read only" not in store.shell("s3.bucket.quota.enforce -apply") and time.monotonic() < deadline:
-            time.sleep(0.5)
-        report = unchanged(store, lambda: doctor("storage", conf=store.clearml_conf(), uri=store.uri()))
-        assert report.has(
-            "storage: object", "failed", "cannot write", "store's own error, perhaps its disk or quota", "InternalError"
-        ), report.text
-        assert "store's log" in report.cure
-        store.shell(f"s3.bucket.quota -name {store.bucket} -op remove", "s3.bucket.quota.enforce -apply")
-        assert unchanged(store, lambda: doctor("storage", uri=store.uri())).well()
-
-
-def test_what_our_stores_never_do(doctor: Doctor, rclone: Rclone) -> None:
-    """A quota with a code of its own, Amazon's comparison of clocks, and a store that takes and never gives back."""
-    deleted = []
-
-    class Odd(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if "list-type" not in self.path:
-                time.sleep(6)
-            self.answer(200, "<ListBucketResult><Name>models</Name></ListBucketResult>")
-
-        def do_PUT(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            code = self.path.split("/")[2]
-            if code == "silent":
-                return self.answer(200, "")
-            return self.answer(403, f"<Error><Code>{code}</Code><Message>No.</Message></Error>")
-
-        def do_DELETE(self) -> None:
-            deleted.append(self.path.split("/")[2])
-            self.answer(204, "")
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, status: int, text: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode() if self.command != "HEAD" else b"")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    def test(doctor: Doctor, path: str, words: str) -> None:
-        uri = f"s3://{host}/models/{path}"
-        report = doctor("storage", conf=rclone.clearml_conf(host=host), uri=uri)
-        assert report.code == 1
-        assert report.has("storage: object", "failed", words), report.text
-        assert report.cure
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as http:
-        host = f"127.0.0.1:{http.server_port}"
-        Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
-        cases = [
-            ("QuotaExceeded", "quota ("),
-            ("RequestTimeTooSkewed", "clock skew"),
-            ("silent", "time-out"),
-        ]
-        doctor.each(test, cases)
-        http.shutdown()
-    assert "silent" in deleted, "an object was left"
+@pytest.mark.parametrize(("address", "entry"), [*zip(ADDRESSES, ENTRIES, strict=True)])
+def test_neither_a_wrong_address_nor_a_wrong_entry_hides_the_other(
+    ask: Ask,
+    machine: Machine,
+    server: ClearMLServer,
+    rclone: Rclone,
+    rclone_tls: Rclone,
+    address: tuple[str, ...],
+    entry: tuple[dict[str, Any], str, str, str],
+) -> None:
+    places = {"web": server.web_url, "api": server.api_url, "closed": closed(), "secure": rclone_tls.host}
+    places |= {"host": server.api_url.partition("//")[2], "store": rclone.endpoint, "store_host": rclone.host}
+    host, check, words, cure = (text.format(**places) for text in address)
+    change, entry_check, entry_words, entry_cure = entry
+    if "host" in change:
+        change = {"host": change["host"].format(**places)}
+    machine.configure(server.configuration(), rclone.clearml_conf(**change))
+    report = ask("server", "storage", uri=rclone.uri("runs"), CLEARML_API_HOST=host)
+    assert re.match(f"failed: .*{words}.*CLEARML_API_HOST, environment", report[f"server: {check}"])
+    assert cure in report.cure
+    assert report["server: keys"].startswith("skipped")
+    assert report["server: file server"].startswith("ok")
+    assert re.match(f"failed: .*{entry_words}", report[f"storage: {entry_check}"])
+    assert entry_cure.format(**places) in report[f"storage: {entry_check}"]
+    assert "~/clearml.conf" in report["storage: entry"]
+    assert report["storage: object"].startswith("skipped")
 
 
 def test_a_full_disk(machine: Machine) -> None:
     """A disk of one page in a mount namespace, which goes with its process."""
     folder = machine.home / "elsewhere"
     folder.mkdir()
-    script = """
-    mount -t tmpfs -o size=4k none "$0" && head -c 4096 /dev/zero > "$0/full" || exit 99
-    "$@"; rm "$0/full"; "$@"; ls -A "$0" >&2
-    """
-    doctor = [sys.executable, "-m", "clearml_client.doctor", "--json", "--only", "storage", "--output-uri", str(folder)]
-    command = ["unshare", "-rm", "sh", "-c", script, str(folder), *doctor]
-    try:
-        done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    except FileNotFoundError:
+    script = 'mount -t tmpfs -o size=4k none "$0" && head -c 4096 /dev/zero > "$0/full" || exit 99; "$@"; ls "$0" >&2'
+    command = ["unshare", "-rm", "sh", "-c", script, str(folder), sys.executable, *DOCTOR]
+    command += ["--json", "--only", "storage", "--output-uri", str(folder)]
+    if not shutil.which("unshare"):
         pytest.skip("no unshare here")
+    done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode == 99 or "unshare" in done.stderr:
         pytest.skip("no mount namespaces here")
-    full, space = (json.loads(text) for text in done.stdout.replace("}\n{", "}\0{").split("\0"))
-    assert full["findings"][-1]["value"].startswith(f"{folder}: cannot write: refused: quota"), full
-    assert "free space" in full["cure"]
-    assert space["ok"], space
-    assert not done.stderr, f"an object was left: {done.stderr}"
+    document = json.loads(done.stdout)
+    assert document["findings"][-1]["value"].startswith(f"{folder}: cannot write: refused: quota")
+    assert "free space" in document["cure"]
+    assert done.stderr == "full\n"  # nothing else was left there
 
 
-# --- addresses and entries --------------------------------------------------------------------------------------------
-# What stands where the API server should be; the check that says so; its words; its cure.
-ADDRESSES = [
-    ("http://no-such-host.invalid:8008", "address", "name not resolved", "correct the host name"),
-    ("http://{closed}", "address", "refused", "correct the port"),
-    ("http://{silent}", "API", "time-out", "nothing answers"),
-    ("127.0.0.1:8008", "address", "no address", "http://host:port"),
-    ("{web}", "API", "the web UI", "port 8008"),
-    ("{store}", "API", "something else", "port 8008"),
-    ("https://{host}", "address", "TLS spoken to a plain port", "write {api}"),
-    ("http://{secure}", "address", "plain HTTP spoken to a TLS port", "write https://{secure}"),
-    ("https://{secure}", "API", "certificate not trusted", "REQUESTS_CA_BUNDLE"),
-]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
+def test_a_proof_that_fails_leaves_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_back(*_: object) -> Iterator[bytes]:
+        raise TimeoutError("timed out")
 
-# What is wrong with the entry in clearml.conf; the check that says so; its words; the first cure.
-ENTRIES = [
-    ({"host": "127.0.0.1"}, "entry", "the port is missing", 'write host: "{host}"'),
-    ({"host": "127.0.0.1:1"}, "entry", "has another port", "one and the same host:port"),
-    ({"host": "store.example:9000"}, "entry", "is another host", 'add an entry with host: "{host}"'),
-    ({"host": "http://{host}"}, "entry", "the SDK cannot use", "without http://"),
-    ({"key": None, "secret": None}, "entry", "dropped in silence", "use_credentials_chain"),
-    ({"bucket": "mod"}, "entry", "bucket 'mod' is taken for", "write the whole name"),
-    ({"secure": True}, "endpoint", "TLS spoken to a plain port", "secure: false"),
-    ({"key": "AKIAUNKNOWN98765"}, "bucket", "unknown key", "correct the access key"),
-    ({"secret": "a-wrong-secret-of-the-store"}, "bucket", "signature mismatch", "correct the secret key"),
-]
+    monkeypatch.setattr(storage.Folder, "_chunks", give_back)
+    with pytest.raises(RunError, match=r"cannot read.*time-out"):
+        storage.prove(str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
-def test_wrong_addresses_and_wrong_entries(
-    doctor: Doctor, server: ClearMLServer, rclone: Rclone, rclone_tls: Rclone
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_proof_that_is_given_up_leaves_no_object(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of each in a run: neither keeps the doctor from the other."""
-    with silent() as quiet:
-        places = {"web": server.web_url, "api": server.api_url, "silent": quiet, "closed": closed()}
-        places |= {"host": server.api_url.partition("//")[2], "secure": rclone_tls.host, "store": rclone.endpoint}
+    probe, own = machine.home / "probe", storage.Folder._remove
 
-        def test(doctor: Doctor, address: tuple[str, ...], entry: tuple[dict[str, Any], str, str, str]) -> None:
-            host, check, words, cure = (text.format(**places) for text in address)
-            change, entry_check, entry_words, entry_cure = entry
-            if "host" in change:
-                change = {"host": change["host"].format(host=rclone.host)}
-            conf = server.configuration() + rclone.clearml_conf(**change)
-            report = doctor("server", "storage", conf=conf, uri=rclone.uri("runs"), CLEARML_API_HOST=host)
-            assert report.code == 1
-            assert report.has(f"server: {check}", "failed", words, "CLEARML_API_HOST, environment"), report.text
-            assert cure in report.cure, report.cure
-            assert report.state("server: keys") == "skipped"
-            assert report.state("server: file server") == "ok"
-            assert report.has(f"storage: {entry_check}", "failed", entry_words), report.text
-            assert entry_cure.format(host=rclone.host) in report.findings[f"storage: {entry_check}"]["cure"]
-            assert "~/clearml.conf" in report.findings["storage: entry"]["source"]
-            assert report.state("storage: object") == "skipped"
-            cured = server.configuration() + rclone.clearml_conf()
-            assert doctor("server", "storage", conf=cured, uri=rclone.uri("runs")).well()
+    def remove_late(store: storage.Folder, key: str) -> None:
+        time.sleep(2)
+        own(store, key)
 
-        doctor.each(test, zip(ADDRESSES, ENTRIES, strict=True))
-    assert rclone.keys() == []
-
-
-# --- machine, and the whole -----------------------------------------------------------------------------------------
-def test_everything_silent_is_soon_over(machine: Machine) -> None:
-    """As a user sees it: a line each, the first cure at the end, exit code 1, and within half a minute."""
-    with silent() as quiet:
-        keys = f'key: "{Store.access_key}", secret: "{Store.secret_key}"'
-        servers = ", ".join(f'{name}_server: "http://{quiet}"' for name in ("api", "web", "files"))
-        conf = (
-            f'api {{ {servers}, credentials {{ access_key: "{Store.access_key}", secret_key: "{Store.secret_key}" }} }}'
-        )
-        conf += f'\nsdk.aws.s3.credentials: [ {{ host: "{quiet}", secure: false, {keys} }} ]'
-        (machine.home / "clearml.conf").write_text(conf)
-        begin = time.monotonic()
-        done = machine.run("-m", "clearml_client.doctor", "--output-uri", f"s3://{quiet}/bucket")
-        assert time.monotonic() - begin < 60  # side by side, not one after the other
-    assert done.returncode == 1
-    assert not done.stderr
-    *lines, empty, last = done.stdout.splitlines()
-    assert all(
-        re.match(r"(ok|warning|failed|skipped) +(configuration|server|storage|machine): ", line) for line in lines
-    )
-    assert not empty
-    assert any(re.match("ok +machine: torch .* CPU threads", line) for line in lines)
-    assert last.startswith("Try first: server: API: check host, port and firewall")
-    assert Store.secret_key not in done.stdout
-    assert Store.access_key not in done.stdout
-    assert "\033" not in done.stdout
-
-
-@pytest.mark.parametrize("way", ['"$@" >&-', '"$@" | true', '"$@" >/dev/full', 'PYTHONIOENCODING=ascii "$@"'])
-def test_an_output_that_cannot_take_it(machine: Machine, way: str) -> None:
-    machine.variables = {"CLEARML_CONFIG_FILE": str(machine.home / "ä.conf"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "clearml_client.doctor", "--only", "configuration"]
-    script = ["bash", "-o", "pipefail", "-c", way, "bash", *command]
-    done = subprocess.run(script, env=machine.environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (1, "")
-    assert ("\\xe4.conf" in done.stdout) == ("ascii" in way)
-
-
-NOTEBOOK = """
-import io, runpy, sys
-import types
-sys.modules["IPython"] = types.ModuleType("IPython")
-sys.stdout, sys.argv = io.StringIO(), ["doctor", "--only", "configuration"]
-try:
-    runpy.run_module("clearml_client.doctor", run_name="__main__", alter_sys=True)
-except SystemExit as end:
-    print(sys.stdout.getvalue(), "the kernel lives", end.code, file=sys.__stdout__)
-"""
-
-
-def test_a_notebook_goes_on(machine: Machine) -> None:
-    machine.variables = {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", NOTEBOOK]
-    done = subprocess.run(command, env=machine.environment, capture_output=True, text=True, timeout=60)
-    assert "configuration: ClearML server" in done.stdout
-    assert done.stdout.endswith("the kernel lives 0\n"), done.stderr
-
-
-# What stores say that ours never do.
-ANSWERS = [
-    ("(ExpiredToken) when calling the PutObject operation: The provided token has expired.", "expired key"),
-    ("(InvalidToken): The provided token is malformed or otherwise invalid.", "session token not accepted"),
-    ("(AuthorizationHeaderMalformed): the region 'x' is wrong; expecting 'eu-west-1'", "wrong region"),
-    ("(501) when calling the PutObject operation: Not Implemented", "checksum not understood"),
-    ("Unsupported value STREAMING-UNSIGNED-PAYLOAD-TRAILER", "checksum not understood"),
-    ("(SlowDown): Please reduce your request rate.", "too many requests"),
-    ("Invalid header value b'AWS4-HMAC-SHA256 Credential=AK\\n/2026'", "a line break or blank in a key"),
-]
-
-
-@pytest.mark.parametrize(("text", "words"), ANSWERS)
-def test_a_stores_answer_has_words(text: str, words: str) -> None:
-    assert diagnose(ValueError(text)).words == words
-
-
-@pytest.mark.parametrize(
-    ("profile", "arguments", "words"),
-    [
-        (None, {"endpoint_url": "http://my_store:9000"}, "no valid host name"),
-        (None, {"region_name": "eu west"}, "wrong region"),
-        ("nonesuch", {}, "unknown profile"),
-    ],
-)
-def test_a_refusal_of_boto3_has_words(profile: str | None, arguments: dict[str, str], words: str) -> None:
-    with pytest.raises((BotoCoreError, ValueError)) as error:
-        boto3.Session(profile_name=profile).client("s3", **arguments).list_buckets()  # type: ignore[call-overload]
-    assert diagnose(error.value).words == words
-
-
-def test_help_says_what_the_exit_codes_mean(machine: Machine) -> None:
-    done = machine.run("-m", "clearml_client.doctor", "--help")
-    assert done.returncode == 0
-    assert "Exit code 0" in " ".join(done.stdout.split())
-    assert "Example: uv run -m clearml_client.doctor" in done.stdout
+    monkeypatch.setenv("HOME", str(machine.home))
+    monkeypatch.setattr(storage.Folder, "_remove", remove_late)
+    monkeypatch.setitem(doctor.LIMITS, "storage", 1)
+    monkeypatch.setattr(sys, "argv", ["doctor", "--only", "storage", "--output-uri", str(probe)])
+    assert doctor.main() == 1
+    assert re.search("failed +storage: object .*time-out: no answer for 1 s", capsys.readouterr().out)
+    assert not probe.exists() or not list(probe.iterdir())
