@@ -153,10 +153,6 @@ class Replay:
         elif name not in VARIES and recorded != answer:
             yield f"{where}: {answer!r} instead of {recorded!r}"
 
-    def run(self) -> Iterator[str]:
-        for number, exchange in enumerate(self.exchanges):
-            yield from self.step(number, exchange)
-
     def seed(self, number: int) -> None:
         """Put into the stand-in what the recorded server already had when it was first asked about it."""
         for kind, doc in shown(self.exchanges[number]):
@@ -210,7 +206,8 @@ class Replay:
 def test_answers_as_recorded(server: ClearMLServer, recording: str) -> None:
     exchanges = [json.loads(line) for line in (DATA / f"{recording}.jsonl").read_text().splitlines()]
     server.queues.clear()  # the recorded server has a default queue of its own
-    differences = list(Replay(server, exchanges).run())
+    replay = Replay(server, exchanges)
+    differences = [each for number, exchange in enumerate(exchanges) for each in replay.step(number, exchange)]
     assert not differences, "\n".join(differences)
 
 
@@ -241,20 +238,16 @@ ARTIFACT = {"key": "k", "type": "t"}
 SCROLL = {"event_type": "log", "scroll_id": "x"}
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("tasks.edit", {"task": NOBODY, "name": "new name"}, 101, f"Invalid task id: id={NOBODY}, company={COMPANY}"),
-    ("tasks.edit", {"task": "{created}", "name": "x"}, 800, SHORT),
     ("tasks.edit", {"task": "{completed}", "script": {}}, 110, CLOSED),
     ("tasks.add_or_update_artifacts", {"task": "{completed}", "force": True, "artifacts": [ARTIFACT]}, 110, CLOSED),
     ("tasks.create", {"name": "ab", "type": "training"}, 800, SHORT),
-    ("tasks.create", {"name": "abc", "type": "training", "project": NOBODY}, 401, "Invalid project id: id="),
     ("tasks.started", {"task": "{published}"}, 110, TRANSITION.format("published", "in_progress")),
     ("tasks.completed", {"task": "{created}"}, 110, TRANSITION.format("created", "completed")),
     ("tasks.stopped", {"task": "{completed}"}, 110, TRANSITION.format("completed", "stopped")),
     ("tasks.publish", {"task": "{in_progress}"}, 110, TRANSITION.format("in_progress", "published")),
     ("tasks.delete", {"task": "{in_progress}"}, 123, "Task cannot be deleted (due to status, use force=True): "),
-    ("projects.create", {"name": "ab"}, 12, "Validation error (Project name cannot be blank)"),
     ("projects.create", {"name": "a project"}, 801, "Project with the same name already exists: name=a project"),
     ("models.create", {"name": "m", "uri": "s3://b/m"}, 800, SHORT),
-    ("models.edit", {"model": NOBODY}, 201, f"Invalid model id: company={COMPANY}, id={NOBODY}"),
     ("models.delete", {"model": "{model}"}, 206, "Task that created this model exists (and published, use force=True"),
     ("events.get_task_events", {"task": "{created}", **SCROLL}, 1104, "Invalid scroll id"),
 ]
@@ -280,27 +273,16 @@ def test_force_overrules_the_state(calls: ClearMLServer, world: dict[str, str]) 
     ("filters", "found"),
     [
         ({"name": "^task 1$"}, "1"),
-        ({"name": "task [12]"}, "12"),
-        ({"tags": ["a"]}, "12"),
-        ({"tags": ["a", "b"]}, "123"),
-        ({"tags": ["__$all", "a", "b"]}, "2"),
-        ({"tags": ["__$not", "a"]}, "34"),
-        ({"tags": ["-a", "b"]}, "3"),
-        ({"tags": ["b", None]}, "234"),
         ({"status": ["created"], "type": ["testing"]}, "4"),
         ({"status_changed": ["<2026-01-31T00:00:00"]}, "1"),
         ({"status_changed": [">=2026-01-31T00:00:00", "<=2026-02-01T00:00:00+00:00"]}, "23"),
-        ({"_any_": {"fields": ["name", "comment"], "pattern": "TASK 2|four"}}, "24"),
-        ({"order_by": ["-name"]}, "4321"),
         ({"order_by": ["-status_changed", "name"]}, "3214"),
         ({"page": 1, "page_size": 3}, "4"),
     ],
 )
 def test_filters(calls: ClearMLServer, filters: dict[str, Any], found: str) -> None:
-    days: list[str | None] = ["2026-01-30", "2026-01-31", "2026-02-01", None]
-    for number, (tags, day) in enumerate(zip(["a", "ab", "b", ""], days, strict=True), 1):
-        fields = {"tags": list(tags), "comment": "number four" if number == 4 else ""}
-        task = calls.tasks_create(f"task {number}", "testing" if number == 4 else "training", **fields)["id"]
+    for number, day in enumerate(("2026-01-30", "2026-01-31", "2026-02-01", None), 1):
+        task = calls.tasks_create(f"task {number}", "training" if day else "testing")["id"]
         if day:
             calls.tasks[task]["status_changed"] = f"{day}T00:00:00.000000+00:00"
     calls.tasks_create("hidden task", "training", system_tags=["hidden"])
@@ -314,12 +296,6 @@ def test_a_page_has_500_at_most(calls: ClearMLServer) -> None:
     assert [len(calls.tasks_get_all(page=page, page_size=1000)["tasks"]) for page in (0, 1)] == [500, 1]
 
 
-def test_projects_have_parents(calls: ClearMLServer) -> None:
-    child = calls.projects_create("parent/child")["id"]
-    (parent,) = calls.projects_get_all(shallow_search=True)["projects"]
-    assert (parent["name"], calls.projects[child]["path"]) == ("parent", [parent["id"]])
-
-
 def test_events_come_in_batches(calls: ClearMLServer, world: dict[str, str]) -> None:
     for number in range(100):
         calls.events[world["created"]][str(number)] = {"type": "plot", "iter": number}
@@ -330,21 +306,14 @@ def test_events_come_in_batches(calls: ClearMLServer, world: dict[str, str]) -> 
 
 def test_deleting_spares_a_model_that_another_task_uses(calls: ClearMLServer, world: dict[str, str]) -> None:
     task = world["in_progress"]
-    used, unused = (
-        calls.models_create(f"s3://b/{number}", f"model {number}", ready=False, task=task)["id"] for number in range(2)
-    )
+    used, unused = (calls.models_create(f"s3://b/{name}", name, False, task=task)["id"] for name in ("used", "unused"))
     calls.tasks_add_or_update_model(task=world["created"], name="in", model=used, type="input")
-    child = calls.tasks_clone(task=task)["id"]
-    assert calls.tasks_delete(task, force=True, return_file_urls=True) == {
-        **{"deleted": True, "updated_children": 1, "updated_models": 0, "deleted_models": 1},
-        "urls": {"model_urls": ["s3://b/1"], "artifact_urls": [], "event_urls": []},
-    }
+    assert calls.tasks_delete(task, force=True)["deleted_models"] == 1
     assert unused not in calls.models
     assert "task" not in calls.models_get_by_id(used)["model"]
-    assert calls.tasks_get_by_id(child)["task"]["parent"] == f"__DELETED__{task}"
     with pytest.raises(ApiError, match="Model is used by tasks"):
         calls.models_delete(used)
-    assert calls.models_delete(used, force=True) == {"deleted": True, "url": "s3://b/0"}
+    assert calls.models_delete(used, force=True) == {"deleted": True, "url": "s3://b/used"}
 
 
 # HTTP
@@ -382,15 +351,6 @@ def test_closes_the_connection_after_each_answer(server: ClearMLServer) -> None:
 def test_a_parameter_that_is_missing(client: Client) -> None:
     message = "Validation error (error for field 'task': field is required!)"
     assert client.refusal("tasks.started") == (400, 12, message)
-
-
-def test_events_for_closed_or_unknown_tasks_are_refused(server: ClearMLServer, client: Client) -> None:
-    task = server.tasks_create("a published task", "training")["id"]
-    server.tasks[task]["status"] = "published"
-    events = [{"type": "log", "task": task, "allow_locked": True}, {"type": "log", "task": NOBODY}]
-    _, answer = client.send("/v2.23/events.add_batch", "\n".join(map(json.dumps, events)), "application/json-lines")
-    assert answer["data"] == {"added": 1, "errors": 1, "errors_info": {f"Invalid task id {NOBODY}": 1}}
-    assert client.refusal("events.add_batch", events=[{"type": "log", "task": task}])[:2] == (400, 131)
 
 
 @pytest.mark.parametrize(
