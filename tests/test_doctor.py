@@ -136,7 +136,8 @@ SYNTAX = r"failed: .*clearml.conf, line 7: .*\[~/clearml.conf\] correct it at or
 NO_KEYS = "failed: half a ClearML configuration, api.credentials.access_key .*add .*CLEARML_API_SECRET_KEY"
 WHOLE = r"ok: .*\[api.api_server, ~/clearml.conf; CLEARML_API_ACCESS_KEY, environment"
 BEATS = "warning: CLEARML_API_SECRET_KEY beats api.credentials.secret_key.*unset CLEARML_API_SECRET_KEY"
-CONFIGURATIONS: list[tuple[dict[str, str], dict[str, str], str, str]] = [
+Said = tuple[dict[str, str], dict[str, str], str, str]  # files, variables; a check and what it finds
+CONFIGURATIONS: list[Said] = [
     ({}, OTHER, "file", NO_FILE),
     ({"clearml.conf": "sdk {}", "other.conf": "$"}, OTHER, "file", "ok: ~/other.conf; ~/clearml.conf is not read"),
     ({"other.conf": "$"}, OTHER, "ClearML server", r"ok: .*\[api.api_server, ~/other.conf"),
@@ -148,16 +149,9 @@ CONFIGURATIONS: list[tuple[dict[str, str], dict[str, str], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("files", "variables", "check", "words"), CONFIGURATIONS)
-def test_what_the_configuration_says(
-    ask: Ask,
-    machine: Machine,
-    server: ClearMLServer,
-    files: dict[str, str],
-    variables: dict[str, str],
-    check: str,
-    words: str,
-) -> None:
+@pytest.mark.parametrize("said", CONFIGURATIONS)
+def test_what_the_configuration_says(ask: Ask, machine: Machine, server: ClearMLServer, said: Said) -> None:
+    files, variables, check, words = said
     for name, content in files.items():
         (machine.home / name).write_text(content.replace("$", server.configuration()))
     report = ask("configuration", "storage", **variables)
@@ -256,8 +250,9 @@ PLAIN, TLS = "TLS spoken to a plain port", "plain HTTP spoken to a TLS port"
 CA, NO_BUCKET = "certificate {} .*/path/ca.pem", "failed: missing: no such bucket.* make the bucket"
 CHUNKS = "failed: .*checksum not understood .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 
-# A store; what is changed in its entry of clearml.conf, or None: variables alone; target; variables; check; finding
-STORES: list[tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]] = [
+# A store; what is changed in its entry of clearml.conf, None for variables alone; target, variables; check, finding
+Tried = tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]
+STORES: list[Tried] = [
     ("rclone", {}, "{uri}", {}, "credentials", r"ok: static keys, access key \.\.\.4321 \[sdk.aws.s3.credentials"),
     ("seaweed", {}, "{uri}", {}, "endpoint", "ok: http://"),
     ("tls", {}, "{uri}", CHECKSUM, "endpoint", "ok: https://"),
@@ -284,18 +279,9 @@ STORES: list[tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]] =
 ]
 
 
-@pytest.mark.parametrize(("name", "entry", "uri", "variables", "check", "words"), STORES)
-def test_what_a_store_says(
-    ask: Ask,
-    machine: Machine,
-    stores: dict[str, Store],
-    name: str,
-    entry: dict[str, Any] | None,
-    uri: str,
-    variables: dict[str, str],
-    check: str,
-    words: str,
-) -> None:
+@pytest.mark.parametrize("tried", STORES)
+def test_what_a_store_says(ask: Ask, machine: Machine, stores: dict[str, Store], tried: Tried) -> None:
+    name, entry, uri, variables, check, words = tried
     store = stores[name]
     places = {"host": store.host, "uri": store.uri("a/path"), "closed": f"127.0.0.1:{free_port()}"}
     (machine.home / ".aws").mkdir()
@@ -349,7 +335,8 @@ def test_a_target_that_is_none(uri: str, words: str) -> None:
 
 
 # What stands where the API server should be; the check that says so; its words; its cure.
-ADDRESSES = [
+Address = tuple[str, str, str, str]
+ADDRESSES: list[Address] = [
     ("http://no-such-host.invalid:8008", "address", "name not resolved", "correct the host name"),
     ("http://{closed}", "address", "refused", "correct the port"),
     ("127.0.0.1:8008", "address", "no address", "http://host:port"),
@@ -362,7 +349,8 @@ ADDRESSES = [
 ]
 
 # What is wrong with the entry in clearml.conf; the check that says so; its words; the first cure.
-ENTRIES: list[tuple[dict[str, Any], str, str, str]] = [
+Entry = tuple[dict[str, Any], str, str, str]
+ENTRIES: list[Entry] = [
     ({"host": "127.0.0.1"}, "entry", "the port is missing", 'write host: "{store_host}"'),
     ({"host": "127.0.0.1:1"}, "entry", "has another port", "one and the same host:port"),
     ({"host": "store.example:9000"}, "entry", "is another host", 'add an entry with host: "{store_host}"'),
@@ -377,14 +365,10 @@ ENTRIES: list[tuple[dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize(("address", "entry"), [*zip(ADDRESSES, ENTRIES, strict=True)])
 def test_neither_a_wrong_address_nor_a_wrong_entry_hides_the_other(
-    ask: Ask,
-    machine: Machine,
-    server: ClearMLServer,
-    rclone: Rclone,
-    rclone_tls: Rclone,
-    address: tuple[str, ...],
-    entry: tuple[dict[str, Any], str, str, str],
+    ask: Ask, machine: Machine, server: ClearMLServer, stores: dict[str, Store], address: Address, entry: Entry
 ) -> None:
+    rclone, rclone_tls = stores["rclone"], stores["tls"]
+    assert isinstance(rclone, S3Store)
     places = {"web": server.web_url, "api": server.api_url, "closed": closed(), "secure": rclone_tls.host}
     places |= {"host": server.api_url.partition("//")[2], "store": rclone.endpoint, "store_host": rclone.host}
     host, check, words, cure = (text.format(**places) for text in address)

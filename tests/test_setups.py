@@ -138,37 +138,33 @@ ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.developmen
 TO_STORE = ("--output-uri", "$uri")
 
 
-@pytest.mark.parametrize(
-    ("command", "conf", "variables", "words"),
-    [
-        (SCRIPT, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
-        (CLEANUP, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),
-        (SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, f"{MISSING}.*api.verify_certificate"),
-        (SCRIPT, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}.*--offline"),
-        (CLEANUP, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}((?!--offline).)*$"),  # it has no such option
-        ((*SCRIPT, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
-        ((*STORAGE, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
-        *((each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
-        (SCRIPT, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
-        (SERVER, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
-        (SCRIPT, "api: 5", {}, "clearml.conf: api is no section"),  # it parses, and is no reason for an offline run
-        (CLEANUP, 'sdk: "hello"', {}, "clearml.conf: sdk is no section"),
-        (STORAGE, "api: [1]", {}, "clearml.conf: api is no section"),
-        (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
-        ((*SCRIPT, "--offline", *TO_STORE), "sdk.aws: 3", {}, "the SDK cannot use sdk.aws.s3.credentials"),
-        ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: ["x"]', {}, "the SDK cannot use sdk.aws.s3.credentials"),
-        ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: "x"', {}, "the SDK cannot use sdk.aws.s3.credentials"),
-    ],
-)
+Wrong = tuple[Command, str, dict[str, str], str]
+WRONG: list[Wrong] = [
+    (SCRIPT, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
+    (CLEANUP, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),
+    (SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, f"{MISSING}.*api.verify_certificate"),
+    (SCRIPT, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}.*--offline"),
+    (CLEANUP, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}((?!--offline).)*$"),  # it has no such option
+    ((*SCRIPT, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
+    ((*STORAGE, *TO_STORE), "$server $store", NOBODY, LOST.replace("NAME", "store")),
+    *((each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
+    (SCRIPT, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
+    (SERVER, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
+    (SCRIPT, "api: 5", {}, "clearml.conf: api is no section"),  # it parses, and is no reason for an offline run
+    (CLEANUP, 'sdk: "hello"', {}, "clearml.conf: sdk is no section"),
+    (STORAGE, "api: [1]", {}, "clearml.conf: api is no section"),
+    (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
+    ((*SCRIPT, "--offline", *TO_STORE), "sdk.aws: 3", {}, "the SDK cannot use sdk.aws.s3.credentials"),
+    ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: ["x"]', {}, "the SDK cannot use sdk.aws.s3.credentials"),
+    ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: "x"', {}, "the SDK cannot use sdk.aws.s3.credentials"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_named_in_one_line(
-    machine: Machine,
-    servers: list[ClearMLServer],
-    places: dict[str, str],
-    command: Command,
-    conf: str,
-    variables: dict[str, str],
-    words: str,
+    machine: Machine, servers: list[ClearMLServer], places: dict[str, str], wrong: Wrong
 ) -> None:
+    command, conf, variables, words = wrong
     set_up(machine, places, conf, variables)
     before = sum(len(server.tasks) for server in servers)
     done = machine.run(*(Template(word).substitute(places) for word in command))
@@ -343,6 +339,9 @@ def aws(code: str, message: str = "", status: int = 400) -> Exception:
         (aws("NotImplemented", "A header you provided implies functionality", 501), "checksum not understood"),
         (aws("InvalidArgument", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"), "checksum not understood"),
         (aws("SlowDown", "Please reduce your request rate.", 503), "too many requests"),
+        (aws("QuotaExceeded", "No.", 403), "quota"),
+        (aws("InternalError", "Try again.", 500), "store's own error, perhaps its disk or quota"),  # SeaweedFS: a quota
+        (aws("RequestTimeTooSkewed", "No.", 403), "clock skew"),
         (ValueError("Invalid header value b'AWS4 Credential=AK\\n/2026'"), "a line break or blank in a key"),
         (TimeoutError("127.0.0.1:42999: timed out"), "time-out"),  # ports are no statuses
         (TimeoutError("127.0.0.1:40300: timed out"), "time-out"),
