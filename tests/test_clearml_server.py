@@ -128,30 +128,26 @@ class Replay:
     def translated(self, text: str) -> str:
         return ID.sub(lambda match: self.ids.get(match[0], match[0]), text)
 
-    def compare(self, recorded: Any, answer: Any, where: str) -> Iterator[str]:
-        """Every difference in fields, types, lengths and values, except the values that must differ."""
-        name = where.rpartition(".")[2]
-        if type(recorded) is not type(answer):
-            yield f"{where}: {type(answer).__name__} {answer!r:.80} instead of {recorded!r:.80}"
-        elif isinstance(recorded, dict):
-            recorded = {self.translated(key): value for key, value in recorded.items()}
-            if recorded.keys() != answer.keys():
-                missing, extra = recorded.keys() - answer.keys(), answer.keys() - recorded.keys()
-                yield f"{where}: missing {sorted(missing)}, extra {sorted(extra)}"
+    def learn(self, recorded: Any, answer: Any) -> None:
+        """Which of the stand-in's ids stands for which recorded one."""
+        if isinstance(recorded, dict) and isinstance(answer, dict):
             for key in recorded.keys() & answer.keys():
-                yield from self.compare(recorded[key], answer[key], f"{where}.{key}")
-        elif isinstance(recorded, list):
-            if len(recorded) != len(answer):
-                yield f"{where}: {len(answer)} items instead of {len(recorded)}"
-            for index, (one, other) in enumerate(zip(recorded, answer, strict=False)):
-                yield from self.compare(one, other, f"{where}[{index}]")
-        elif isinstance(recorded, str):
-            if ID.fullmatch(recorded) and ID.fullmatch(answer):
-                self.ids.setdefault(recorded, answer)
-            if name not in VARIES and self.translated(recorded) != answer:
-                yield f"{where}: {answer!r:.80} instead of {recorded!r:.80}"
-        elif name not in VARIES and recorded != answer:
-            yield f"{where}: {answer!r} instead of {recorded!r}"
+                self.learn(recorded[key], answer[key])
+        elif isinstance(recorded, list) and isinstance(answer, list):
+            for pair in zip(recorded, answer, strict=False):
+                self.learn(*pair)
+        elif ID.fullmatch(str(recorded)) and ID.fullmatch(str(answer)):
+            self.ids.setdefault(recorded, answer)
+
+    def masked(self, value: Any, name: str = "") -> Any:
+        """With the stand-in's ids, and of what must differ the type only."""
+        if isinstance(value, dict):
+            return {self.translated(key): self.masked(item, key) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.masked(item) for item in value]
+        if name in VARIES:
+            return type(value)
+        return self.translated(value) if isinstance(value, str) else (type(value), value)
 
     def seed(self, number: int) -> None:
         """Put into the stand-in what the recorded server already had when it was first asked about it."""
@@ -179,27 +175,23 @@ class Replay:
                     if "company" in doc:
                         return
 
-    def step(self, number: int, exchange: dict[str, Any]) -> Iterator[str]:
-        path, asked, recorded = exchange["path"], exchange["request"], exchange["response"]
+    def step(self, number: int) -> None:
+        exchange = self.exchanges[number]
+        asked, recorded = exchange["request"], exchange["response"]
         self.seed(number)
-        where = f"{number} {path.rpartition('/')[2]}"
-        if path == "/auth.login":
+        if exchange["path"] == "/auth.login":
             keys = {} if exchange["status"] == 200 else {"secret_key": "wrong"}
             status, answer = self.client.log_in(**keys)
         else:
-            if exchange["ctype"] == "application/json-lines":
-                lines = asked if isinstance(asked, list) else [asked]
-                body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-            else:
-                body = json.dumps(asked)
-            body = self.translated(body)
-            status, answer = self.client.send(path, body, exchange["ctype"], exchange["method"])
-        outcome = (status, answer["meta"]["result_subcode"])
-        if outcome != (exchange["status"], recorded["meta"]["result_subcode"]):
-            yield f"{where}: {outcome}, {answer['meta']['result_msg']}"
-        yield from self.compare(recorded["meta"]["endpoint"], answer["meta"]["endpoint"], where + ": endpoint")
-        yield from self.compare(recorded["meta"]["result_msg"], answer["meta"]["result_msg"], where + ": message")
-        yield from self.compare(recorded["data"], answer["data"], where)
+            lines = asked if isinstance(asked, list) else [asked]
+            body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+            sent = self.translated(body)
+            status, answer = self.client.send(exchange["path"], sent, exchange["ctype"], exchange["method"])
+        self.learn(recorded["data"], answer["data"])
+        for name in ("result_subcode", "endpoint", "result_msg"):
+            assert self.masked(answer["meta"][name]) == self.masked(recorded["meta"][name]), exchange["path"]
+        assert status == exchange["status"]
+        assert self.masked(answer["data"]) == self.masked(recorded["data"]), f"{number} {exchange['path']}"
 
 
 @pytest.mark.parametrize("recording", ["recording", "agent-and-cleanup"])
@@ -207,8 +199,8 @@ def test_answers_as_recorded(server: ClearMLServer, recording: str) -> None:
     exchanges = [json.loads(line) for line in (DATA / f"{recording}.jsonl").read_text().splitlines()]
     server.queues.clear()  # the recorded server has a default queue of its own
     replay = Replay(server, exchanges)
-    differences = [each for number, exchange in enumerate(exchanges) for each in replay.step(number, exchange)]
-    assert not differences, "\n".join(differences)
+    for number in range(len(exchanges)):
+        replay.step(number)
 
 
 # Calls, without HTTP
@@ -254,7 +246,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
 
 
 @pytest.mark.parametrize(("name", "data", "subcode", "message"), REFUSED)
-def test_refuses(
+def test_refuses_as_the_real_server_does(
     calls: ClearMLServer, world: dict[str, str], name: str, data: dict[str, Any], subcode: int, message: str
 ) -> None:
     data = {key: value.format(**world) if isinstance(value, str) else value for key, value in data.items()}
@@ -280,7 +272,7 @@ def test_force_overrules_the_state(calls: ClearMLServer, world: dict[str, str]) 
         ({"page": 1, "page_size": 3}, "4"),
     ],
 )
-def test_filters(calls: ClearMLServer, filters: dict[str, Any], found: str) -> None:
+def test_finds_orders_and_pages_tasks(calls: ClearMLServer, filters: dict[str, Any], found: str) -> None:
     for number, day in enumerate(("2026-01-30", "2026-01-31", "2026-02-01", None), 1):
         task = calls.tasks_create(f"task {number}", "training" if day else "testing")["id"]
         if day:

@@ -294,8 +294,9 @@ def test_what_a_store_says(ask: Ask, machine: Machine, stores: dict[str, Store],
     report = ask("storage", uri=uri.format(**places), **variables)
     assert re.match(words, report[f"storage: {check}"])
     assert report["storage: object"].startswith("ok: written") == report.well
-    assert words.startswith("failed") != report.well
-    assert f"storage: {check}: " in report.cure or not words.startswith("failed")
+    assert report.well == (not words.startswith("failed"))
+    if not report.well:
+        assert report.cure.startswith(f"storage: {check}: ")
 
 
 def test_azure_without_credentials(ask: Ask) -> None:
@@ -423,13 +424,13 @@ def test_a_proof_that_is_given_up_leaves_no_object(
     probe, own = machine.home / "probe", storage.Folder._remove
 
     def remove_late(store: storage.Folder, key: str) -> None:
-        time.sleep(2)
+        time.sleep(0.5)
         own(store, key)
 
     monkeypatch.setenv("HOME", str(machine.home))
     monkeypatch.setattr(storage.Folder, "_remove", remove_late)
-    monkeypatch.setitem(doctor.LIMITS, "storage", 1)
+    monkeypatch.setitem(doctor.LIMITS, "storage", 0.1)
     monkeypatch.setattr(sys, "argv", ["doctor", "--only", "storage", "--output-uri", str(probe)])
     assert doctor.main() == 1
-    assert re.search("failed +storage: object .*time-out: no answer for 1 s", capsys.readouterr().out)
-    assert not probe.exists() or not list(probe.iterdir())
+    assert re.search("failed +storage: object .*time-out: no answer for 0.1 s", capsys.readouterr().out)
+    assert not probe.exists()
