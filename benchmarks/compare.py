@@ -47,6 +47,7 @@ import pytorch_mnist
 EPOCH = re.compile(r"epoch (\d+)/\d+ .*test accuracy ([\d.]+)%.* ([\d,]+) images/s")
 SCRIPT = [sys.executable, str(ROOT / "pytorch_mnist.py")]
 RECIPES = [sys.executable, str(ROOT / "benchmarks/recipes.py")]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", SCRIPT[1]]
 IMPORTS = [sys.executable, "-c", "import torch, torchvision, clearml"]
 NAMES = {
     "reference": "ClearML's example",
@@ -82,13 +83,13 @@ class Bench:
         self.store = stack.enter_context(Rclone(self.folder / "store"))
         (self.folder / "clearml.conf").write_text(self.server.configuration() + self.store.clearml_conf())
 
-    def run(self, command: list[str], *arguments: object) -> Run:
+    def run(self, command: list[str], *arguments: object, **variables: str) -> Run:
         """Start it, read its lines as they come, wait for its end. Raises RuntimeError if it failed."""
         command = [*command, *map(str, arguments)]
         if command[1] != "-c":
             command += ["--output-uri", self.store.uri("models"), "--output-dir", str(self.folder / "outputs")]
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("CLEARML_", "AWS_"))}
-        environment = {**mine, "HOME": str(self.folder), "PYTHON_DOTENV_DISABLED": "1"}
+        environment = {**mine, "HOME": str(self.folder), "PYTHON_DOTENV_DISABLED": "1", **variables}
         errors, begun, asked = self.folder / "errors.txt", time.perf_counter(), len(self.server.requests)
         epochs, speeds, growth, requests = [], [], [], []
         with open(errors, "w") as file:
@@ -120,7 +121,7 @@ def loop_share(pairs: int) -> float:
     """Images per second of an epoch, over those of the bare steps on one fixed batch: median of `pairs` ratios."""
     torch.manual_seed(1)
     args = argparse.Namespace(device="cpu", data_dir=ROOT / "data", epochs=2 * (pairs + 1), dry_run=False)
-    args.__dict__.update(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, test_batch_size=1000)
+    args.__dict__.update(seed=1, lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, test_batch_size=1000)
     training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
     training.images, training.labels = training.images[:12800], training.labels[:12800]
     batch, labels = pytorch_mnist.normalise(training.images[:128]), training.labels[:128]
@@ -160,7 +161,9 @@ def data_seconds() -> float:
 
 def measure(quick: bool) -> tuple[dict[str, list[Run]], dict[str, float]]:
     """All runs, and the figures that are no run's. They alternate, so that a machine's slow minutes hit all of them."""
-    runs: dict[str, list[Run]] = {name: [] for name in (*NAMES, "imports", "dry", "long")}
+    runs: dict[str, list[Run]] = {
+        name: [] for name in (*NAMES, "imports", "dry", "long", "one process", "two processes")
+    }
     with ExitStack() as stack:
         bench = Bench(stack)
         for seed in range(1, 2 if quick else 6):
@@ -168,6 +171,8 @@ def measure(quick: bool) -> tuple[dict[str, list[Run]], dict[str, float]]:
             runs["one"].append(bench.run(SCRIPT, "--seed", seed, "--epochs", 1))
             runs["imports"].append(bench.run(IMPORTS))
             runs["dry"].append(bench.run(SCRIPT, "--dry-run"))
+            for name, command in (("one process", SCRIPT), ("two processes", TORCHRUN)):
+                runs[name].append(bench.run(command, "--seed", seed, "--epochs", 1, OMP_NUM_THREADS="1"))
             if seed == (1 if quick else 2):
                 runs["reference"].append(bench.run(RECIPES, "clearml", "--epochs", 1 if quick else 10))
             if seed == 4:  # of its 14 epochs the first 4, with the same schedule: they come near 99 %
@@ -207,6 +212,11 @@ def ratios(runs: dict[str, list[Run]], figures: dict[str, float]) -> list[tuple[
             (f"images per second, script ÷ {NAMES[name]}", f"{speed('script') / speed(name):.1f}", ""),
         ]
     rows += [
+        (
+            "images per second, 2 processes ÷ 1, of a thread each",
+            f"{speed('two processes') / speed('one process'):.2f}",
+            "",
+        ),
         ("training loop ÷ bare steps on one batch", f"{figures['loop share']:.1%}", "95 %"),
         ("whole process less data and training", f"{overhead:.1f} s", "4 s"),
         ("the same, less the imports alone", f"{overhead - imports:.1f} s", "1.3 s"),

@@ -416,13 +416,14 @@ def prove_storage(task: Task, output_uri: str = "") -> Storage:
 def folder_name(task: Task, root: str) -> str:
     """The folder below which the SDK puts the task's artifacts, so that all objects of a run lie in one.
 
-    Where its name would need quoting, which the SDK does here and not there, or is too long: a plain one.
+    A plain one where a part of its name is too long for a disk; and on the file server, where the SDK has quoted letters
+    of it: it quotes them once more then, in the addresses of artifacts and not in those of models.
     """
-    name, plain = sdk.run_folder(task), r"[\w.\-/]+" if root.startswith("http") else r"[\w.\-/ ]+"
-    if re.fullmatch(plain, name, re.ASCII) and max(map(len, name.split("/"))) < 200:
-        return name
-    project, name = (re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:80] for text in (task.get_project_name(), task.name))
-    return f"{project}/{name}.{task.id}"
+    name = sdk.run_folder(task)
+    if max(map(len, name.split("/"))) > 200 or (root.startswith("http") and "%" in name):
+        project, name = (re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:80] for text in (task.get_project_name(), task.name))
+        return f"{project}/{name}.{task.id}"
+    return name
 
 
 @contextmanager

@@ -206,6 +206,13 @@ class Run:
 Begin = Callable[..., Run]
 
 
+def blocks(chapter: str, language: str = "python") -> list[str]:
+    """The fenced blocks of a chapter of docs/beyond-one-machine.md."""
+    chapters = (ROOT / "docs/beyond-one-machine.md").read_text().split("\n## ")
+    (text,) = [text for text in chapters if text.startswith(chapter)]
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+
+
 def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:
     """What the server has, point by point."""
     curves: dict[tuple[str, str], dict[int, float]] = {}

@@ -748,54 +748,63 @@ def test_a_gpu_without_memory_ends_in_one_line(begin: Begin, online: ClearMLServ
 
 
 # --- 19: names -------------------------------------------------------------------------------------------------------
+ODD = "Ziffern 🔢 50%", "Übung № 1? 🚀 #2"  # of which the file server has the artifacts in a folder of their own
+
+
 @pytest.mark.parametrize(
-    ("project", "name", "storage"),
+    ("project", "name", "where", "folders"),
     [
-        ("group/sub group/project", "run/1 of/2", "file server"),
-        ("group/sub group/project", "run/1 of/2", "folder"),
-        ("Ziffern 🔢 50%", "Übung № 1? 🚀 #2", "file server"),
-        ("p" * 300, "t" * 300, "file server"),
-        ("🔢" * 300, "🚀" * 300, "folder"),
-        ("ab", "a good name", "file server"),
-        ("a good name", "ab", "file server"),
-        ("   ", "   ", "file server"),
-        ("../..", "..", "file server"),
-        ('"quoted"', "it's `quoted`", "file server"),
+        ("group/sub group/project", "run/1 of/2", "file server", 1),
+        ("group/sub group/project", "run/1 of/2", "S3", 1),
+        ("a group", "it's [second] (clone)", "file server", 1),
+        (*ODD, "file server", 2),
+        (*ODD, "folder", 1),
+        (*ODD, "S3", 1),
+        ("p" * 300, "t" * 300, "file server", 2),
+        ("🔢" * 300, "🚀" * 300, "folder", 2),
     ],
-    ids=lambda text: text[:12],
+    ids=lambda text: str(text)[:12],
 )
-def test_any_name_works_or_is_refused_before_anything_exists(
+def test_any_name_works_and_one_folder_has_all_of_the_run(
     begin: Begin,
     machine: Machine,
     online: ClearMLServer,
+    rclone: Rclone,
     few: list[object],
     tmp_path: Path,
     project: str,
     name: str,
-    storage: str,
+    where: str,
+    folders: int,
 ) -> None:
-    folder = tmp_path / "storage"
-    uri = [] if storage == "file server" else ["--output-uri", folder]
-    run = begin(*few, "--dry-run", "--project-name", project, "--task-name", name, *uri)
-    code = run.end()
-    if code in (1, 2):
-        assert re.search("name|label", run.line)
-        assert not online.tasks
-        assert not online.projects
-        assert not list(machine.home.glob("outputs/*"))
-        return
-    assert code == 0, run.everything
+    machine.configure(online.configuration(), rclone.clearml_conf())
+    root = f"names/{tmp_path.name}"  # the store is other tests', too
+    uri = {"file server": "", "folder": str(tmp_path / "storage"), "S3": rclone.uri(root)}[where]
+    run = begin(*few, "--dry-run", "--project-name", project, "--task-name", name, "--output-uri", uri)
+    assert run.end() == 0, run.everything
     assert "Traceback" not in run.stdout + run.stderr
     (task,) = online.tasks.values()
-    assert task["status"] == "completed"
-    assert task["name"] == name
+    assert (task["status"], task["name"]) == ("completed", name)
     assert online.projects[task["project"]]["name"] == project
-    (model,) = online.models.values()
-    content = machine.outputs("model.pt").read_bytes()
-    assert machine.read_task(task["id"])["models"][0]["url"] == model["uri"]
-    if storage == "folder":
-        assert [path.read_bytes() for path in folder.rglob("model.pt")] == [content]
+    read_back = machine.read_task(task["id"])
+    assert Path(read_back["models"][0]["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
+    disk = online.files_folder if where == "file server" else tmp_path / "storage"
+    stored = [key for key in rclone.keys() if root in key] if where == "S3" else map(str, disk.rglob("*.*"))
+    files = [Path(path) for path in stored if Path(path).suffix in (".pt", ".png", ".csv")]
+    assert len(files) == 3
+    assert len({str(path).partition(task["id"])[0] for path in files}) == folders
     assert not [path for path in tmp_path.iterdir() if path.name not in ("home", "clearml-server", "storage")]
+
+
+@pytest.mark.parametrize("name", ["ab", "   ", "..", '"quoted"'])
+@pytest.mark.parametrize("option", ["--project-name", "--task-name"])
+def test_a_name_that_clearml_cannot_take_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", option, name])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        pytorch_mnist.parse_args()
+    assert f"argument {option}: a name has three characters or more" in capsys.readouterr().err
 
 
 # --- 20, 22: other programs ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import MNIST_FILES, ROOT, Machine, stored_curves
+from conftest import MNIST_FILES, ROOT, Machine, blocks, stored_curves
 from stores import Rclone
 
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")
@@ -134,10 +134,10 @@ def clone(server: ClearMLServer, task: str, **changed: object) -> str:
 def test_an_agent_trains_what_was_queued_and_clones_of_it(
     machine: Machine, online: ClearMLServer, checkout: Path, rclone: Rclone, new_agent: Callable[..., Agent]
 ) -> None:
-    machine.configure(online.configuration(), rclone.clearml_conf())
+    target = f"s3://{rclone.bucket}/queued"
+    machine.variables |= {"CLEARML_OUTPUT_URI": target, **rclone.environment()}
     script = checkout / "pytorch_mnist.py"
     script.write_text(script.read_text().replace("DIGITS = ", 'print("an uncommitted change")\nDIGITS = '))
-    machine.variables["CLEARML_OUTPUT_URI"] = rclone.uri("queued")
     task = queue(machine, checkout, "--epochs", 2)
     assert online.tasks[task]["status"] == "queued"
     assert set(parameters(online.tasks[task])) & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
@@ -147,19 +147,22 @@ def test_an_agent_trains_what_was_queued_and_clones_of_it(
     asked = parameters(online.tasks[task])
 
     shutil.move(checkout, checkout.with_name("moved"))
-    agent = new_agent(rclone.clearml_conf())  # which has no CLEARML_OUTPUT_URI
+    (keys,) = [block for block in blocks("A queue", "hocon") if "environment" in block]
+    keys = keys.replace("ACCESS-KEY", rclone.access_key).replace("SECRET-KEY", rclone.secret_key)
+    agent = new_agent(keys.replace("https://storage.example.com:9000", rclone.endpoint))  # no CLEARML_OUTPUT_URI
     code, output = agent.execute(task)
     assert code == 0, output
+    assert rclone.secret_key not in output
     assert "an uncommitted change" in output
     done = online.tasks[task]
     assert (done["status"], parameters(done)) == ("completed", asked)
-    assert done["output"]["destination"] == rclone.uri("queued")
+    assert done["output"]["destination"] == target
     assert len(stored_curves(online, task)["accuracy", "test"]) == 2
     shown = machine.read_task(task)
     (model,) = shown["models"]
-    assert model["url"].startswith(rclone.uri("queued"))
+    assert model["url"].startswith(target)
     (trained,) = agent.machine.home.rglob("outputs/*/model.pt")
-    assert rclone.get(model["url"].partition("/models/")[2]) == trained.read_bytes()
+    assert rclone.get(model["url"].removeprefix(f"s3://{rclone.bucket}/")) == trained.read_bytes()
 
     other = clone(online, task, epochs=1, lr=0.05)
     code, output = agent.execute(other)
