@@ -416,8 +416,8 @@ def prove_storage(task: Task, output_uri: str = "") -> Storage:
 def folder_name(task: Task, root: str) -> str:
     """The folder below which the SDK puts the task's artifacts, so that all objects of a run lie in one.
 
-    A plain one where a part of its name is too long for a disk; and on the file server, where the SDK has quoted letters
-    of it: it quotes them once more then, in the addresses of artifacts and not in those of models.
+    A plain one where a part of its name is too long for a disk, and on the file server where the SDK has quoted letters
+    of it: there it quotes them once more, in the addresses of artifacts and not in those of models.
     """
     name = sdk.run_folder(task)
     if max(map(len, name.split("/"))) > 200 or (root.startswith("http") and "%" in name):
