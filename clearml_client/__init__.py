@@ -19,7 +19,7 @@
     main()
 
 Two commands: `uv run -m clearml_client.doctor` and `uv run -m clearml_client.cleanup`. Each module says what it is
-for; imports go one way: doctor, cleanup, run -> storage, server -> configuration, faults -> sdk.
+for; imports go one way: doctor, cleanup, run -> storage, server, agent, ranks -> configuration, faults -> sdk.
 """
 
 import math
