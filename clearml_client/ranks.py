@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clearml_client.faults import RunError
+from clearml_client.faults import wrong_use
 
 RANK, RANKS = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 LOCAL_RANK, LOCAL_RANKS = int(os.getenv("LOCAL_RANK", "0")), int(os.getenv("LOCAL_WORLD_SIZE", "1"))
@@ -30,18 +30,14 @@ stopping = threading.Event()  # torchrun stops this process, which is not rank 0
 
 
 def join() -> None:
-    """Meet the other processes. Raises RunError where they were started with other arguments."""
-    if RANKS == 1:
-        return
+    """Meet the other processes, of which there are some. Raises RunError where they have other arguments."""
     dist.init_process_group(timeout=PATIENCE)
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, (socket.gethostname(), os.getpid(), sys.argv[1:]))
     for rank, (host, number, arguments) in enumerate(everyone):
         processes[rank] = (host, number)
         if arguments != everyone[0][2]:
-            error = RunError(f"rank {rank} has other arguments than rank 0: {' '.join(arguments) or 'none'}")
-            error.code = 2
-            raise error
+            raise wrong_use(f"rank {rank} has other arguments than rank 0: {' '.join(arguments) or 'none'}")
 
 
 def share(values: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 from clearml import Task
 
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.faults import RunError, bounded, line, plural, print_any_letter
+from clearml_client.faults import RunError, bounded, line, plural, print_any_letter, wrong_use
 
 ranks: Any = None
 if int(os.getenv("WORLD_SIZE", "1")) > 1:  # torchrun's processes; it takes torch, which a run of one does without
@@ -94,8 +94,7 @@ class Ending:
 
     def stop(self, number: int, _: FrameType | None = None) -> None:
         """The handler of signals, in the main thread: raises Stopped there, once."""
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # an impatient second one
+        ignore_signals()  # an impatient second one
         if self.code is not None:  # told already: it ends
             return
         self.tell_signal(number)
@@ -200,8 +199,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
 
 def end_early(error: BaseException) -> NoReturn:
     """Say it, give the task its status, leave."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     hint = f"; find the cause: {ending.doctor()}"
     if ranks and ending.code is None and (lost := ranks.lost_by(error)):
         error, hint = RunError(lost), ""
@@ -231,6 +229,11 @@ def end_early(error: BaseException) -> NoReturn:
 def raised_by_sdk(error: BaseException) -> bool:
     """The SDK raises ValueError for much that is the set-up's fault."""
     return sdk.FOLDER in traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def listen() -> None:
@@ -306,12 +309,6 @@ def refuse_finished(task_id: str) -> None:
         models = [model.url for model in task.models["output"]] if task else []
         where = f"; its model: {', '.join(models)}" if models else ""
         raise wrong_use(f"cannot resume: the task {task_id} is {status}{where}")
-
-
-def wrong_use(text: str) -> RunError:
-    error = RunError(text)
-    error.code = 2
-    return error
 
 
 @contextmanager
