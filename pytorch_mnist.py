@@ -310,8 +310,9 @@ def publish_model(
 ) -> None:
     """The model's record first, then its upload: no object is there that no record knows."""
     if task.is_offline():  # where OutputModel does not work (clearml 2.1.12), and artifacts do
+        stored: dict[str, object] = {"stored": address} if address else {}  # for the clean-up
         link = address if address and not address.startswith("file:") else path
-        task.upload_artifact("model", link, metadata=metadata, wait_on_upload=True)
+        task.upload_artifact("model", link, metadata=stored | metadata, wait_on_upload=True)
     else:
         earlier = [model.id for model in task.models["output"]]  # of a run that is resumed
         model = OutputModel(

@@ -187,7 +187,8 @@ class Project:
     def find_linkers(self) -> None:
         for task in get_all("tasks", project=[self.id], only_fields=["id", "execution.artifacts"]):
             for artifact in task.get("execution", {}).get("artifacts", []):
-                self.linkers[artifact.get("uri")].add(task["id"])
+                for address in addresses_in(artifact):
+                    self.linkers[address].add(task["id"])
 
     def old_tasks(self, **more: list[str]) -> list[Doc]:
         """Newest first: a task that uses a model is newer than the one that made it, and goes before it."""
@@ -295,8 +296,15 @@ def addresses_of(tasks: list[Doc], models: dict[str, Doc], linked: dict[str, str
         owned[linked.get(model["id"]) or model["task"]].append(("model", model.get("uri") or ""))
     for task in tasks:
         artifacts = task.get("execution", {}).get("artifacts", [])
-        owned[task["id"]] += [("artifact", item.get("uri") or "") for item in artifacts if item["mode"] != "input"]
+        outputs = [artifact for artifact in artifacts if artifact["mode"] != "input"]
+        owned[task["id"]] += [("artifact", address) for artifact in outputs for address in addresses_in(artifact)]
     return {id_: [pair for pair in pairs if pair[1]] for id_, pairs in owned.items()}
+
+
+def addresses_in(artifact: Doc) -> set[str]:
+    """Its own address, and the `stored` of its metadata: the SDK takes no file:// link as an artifact's own."""
+    stored = dict(artifact.get("display_data") or []).get("stored", "")
+    return {address for address in (artifact.get("uri"), stored) if address}
 
 
 def reasons_to_stay(

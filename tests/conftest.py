@@ -213,15 +213,6 @@ def blocks(chapter: str, language: str = "python") -> list[str]:
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
-def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:
-    """What the server has, point by point."""
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    for event in server.events[task].values():
-        if event["type"] == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
-            curves.setdefault((event["metric"], event["variant"]), {})[event["iter"]] = event["value"]
-    return curves
-
-
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     (tmp_path / "home").mkdir()

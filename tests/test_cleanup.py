@@ -234,10 +234,12 @@ def test_names_with_special_characters_as_the_sdk_writes_them(lab: Lab, rclone: 
     assert (lab.tasks(), lab.models(), stored()) == ([], [], [])
 
 
-def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab, rclone: Rclone) -> None:
+@pytest.mark.parametrize("where", ["S3", "folder"])
+def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab, rclone: Rclone, where: str) -> None:
     """Each import is a task with an id of its own, and the model's address has that of the session."""
     names = ("--project-name", lab.project, "--task-name", "offline")
-    run = lab.machine.train("--offline", "--dry-run", *names, "--output-uri", rclone.uri("runs"))
+    target = rclone.uri("runs") if where == "S3" else lab.folder
+    run = lab.machine.train("--offline", "--dry-run", *names, "--output-uri", target)
     assert run.returncode == 0, run.stderr
     (model,) = lab.objects()
     for _ in range(2):
@@ -246,11 +248,11 @@ def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab, rclo
         assert done.returncode == 0, done.stderr
     first, second = lab.tasks()
     lab.archive(first)
-    assert "1 not its own" in lab.delete()
+    assert "1 not its own" in lab.delete("--folder", lab.folder)
     assert lab.tasks() == [second]
     assert model in lab.objects()
     lab.archive(second)
-    lab.delete()
+    lab.delete("--folder", lab.folder)
     assert lab.left() == GONE
 
 

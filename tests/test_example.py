@@ -1,18 +1,16 @@
 """The whole job on a machine without a server: the script as a subprocess, on the real MNIST."""
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import pytest
-import torch
 from conftest import ROOT, Machine
+from reading import EPOCH, evaluate, read_session
 from torchvision import datasets
 
 import pytorch_mnist
@@ -29,27 +27,6 @@ NO_TARGETS = [
         "s3://me:SECRET@h:1/b",
     )
 ]
-EPOCH = re.compile(
-    r"^epoch (\d+)/(\d+)  train loss ([\d.]+)  test loss ([\d.]+)  test accuracy ([\d.]+)%", re.MULTILINE
-)
-
-
-def evaluate(model: Path, count: int = 10_000) -> float:
-    """Accuracy of a stored state_dict on the first images of the test set, in per cent."""
-    net = pytorch_mnist.Net().eval()
-    net.load_state_dict(torch.load(model, weights_only=True))
-    images, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
-    with torch.inference_mode():
-        batches = [net(pytorch_mnist.normalise(batch)) for batch in images[:count].split(1000)]
-    return (torch.cat(batches).argmax(dim=1) == labels[:count]).double().mean().item() * 100
-
-
-def read_session(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """The task, its events and its console, as the SDK recorded them."""
-    with ZipFile(path) as session:
-        events = [event for line in session.read("metrics.jsonl").splitlines() for event in json.loads(line)]
-        lines = [event for line in session.read("log.jsonl").splitlines() for event in json.loads(line)]
-        return json.loads(session.read("task.json")), events, "\n".join(line["msg"] for line in lines)
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
-from conftest import MNIST_FILES, ROOT, Begin, Machine, Run, silent, stored_curves
+from conftest import MNIST_FILES, ROOT, Begin, Machine, Run, silent
+from reading import alike, curves_of, read, read_session, stored_curves
 from stores import Rclone, free_port
-from test_example import read_session
 
 import pytorch_mnist
 from clearml_client import checkpoint
@@ -40,7 +40,6 @@ from clearml_client.faults import RunError
 
 LONG = 10_000  # epochs that no test waits for
 BUSY = 15  # seconds that a machine with other work may lose; a run's start alone takes 4 when idle
-SPEED = ("images per second", "train")  # the one curve that no two runs share
 
 
 @pytest.fixture
@@ -71,20 +70,6 @@ class Finished(NamedTuple):
         return read(self.folder / "model.pt")
 
 
-def read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    return content
-
-
-def curves_of(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Value at each step of each curve; a doubled point is an error."""
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    for title, series, value, step in checkpoint.load(path, pytorch_mnist.Net())["points"]:
-        assert step not in curves.setdefault((title, series), {}), f"{title}/{series} has {step} twice"
-        curves[title, series][step] = value
-    return curves
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(module_machine: Machine, few: list[object]) -> Finished:
     """Six epochs that nothing disturbed."""
@@ -104,15 +89,6 @@ def named_checkpoint(run: Run, machine: Machine) -> dict[str, Any]:
 
 def statuses(server: ClearMLServer) -> list[str]:
     return [task["status"] for task in server.tasks.values()]
-
-
-def alike(some: dict[tuple[str, str], dict[int, float]], other: dict[tuple[str, str], dict[int, float]]) -> bool:
-    """The same points; of the speeds, at the same steps."""
-    return (
-        some.keys() == other.keys()
-        and all(some[name] == other[name] for name in some if name != SPEED)
-        and some[SPEED].keys() == other[SPEED].keys()
-    )
 
 
 # --- 1-5: server and configuration -----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import MNIST_FILES, ROOT, Machine, blocks, stored_curves
+from conftest import MNIST_FILES, ROOT, Machine, blocks
+from reading import stored_curves
 from stores import Rclone
 
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from clearml_server import ClearMLServer, Doc
-from conftest import ROOT, Begin, Machine, Run, stored_curves
+from conftest import ROOT, Begin, Machine, Run
+from reading import stored_curves
 from stores import free_port
 
 from clearml_client import arguments, ranks

@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, silent
+from reading import EPOCH, evaluate
 from stores import CHECKSUM, FakeGCS, Plug, Rclone, S3Store, SeaweedFS, Store, free_port
-from test_example import EPOCH, evaluate
 
 WRONG_SECRET = uuid4().hex  # not a literal, which a task's uncommitted changes could hold
 README = (ROOT / "README.md").read_text()

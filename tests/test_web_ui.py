@@ -17,7 +17,7 @@ import torch
 from clearml_server import ClearMLServer
 from conftest import ROOT, LiveServer, Machine
 from PIL import Image
-from test_example import EPOCH, evaluate, read_session
+from reading import EPOCH, evaluate, read_session
 
 import pytorch_mnist
 
