@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets import MNIST
-from tqdm import tqdm
 
 from clearml_client import checkpoint, ranks, run
 from clearml_client.arguments import label, number, storage_uri
@@ -124,7 +123,9 @@ class Training:
     The set is small: one tensor on the device, indexed, is faster than a DataLoader.
     """
 
-    def __init__(self, args: argparse.Namespace, recipe: dict[str, bool]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, recipe: dict[str, bool], saved: checkpoint.State
+    ) -> None:
         torch.manual_seed(args.seed)  # after Task.init, which seeds everything with 1337
         self.device = ranks.device(args.device)
         self.batch_size, self.test_batch_size = args.batch_size, args.test_batch_size
@@ -139,9 +140,7 @@ class Training:
         self.test_images, self.test_labels = images[:count].to(self.device), labels[:count]
         self.steps = math.ceil(len(self.images) / args.batch_size)  # of an epoch
         self.net = Net().to(self.device).to(memory_format=torch.channels_last)
-        self.model = ranks.distributed(
-            self.net
-        )  # the same, unless torchrun started several processes
+        self.model = ranks.distributed(self.net)  # under torchrun: all processes train one network
         self.optimizer = torch.optim.SGD(
             self.net.parameters(),
             lr=args.lr,
@@ -153,6 +152,7 @@ class Training:
         self.schedule = OneCycleLR(
             self.optimizer, args.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
         )
+        checkpoint.restore(saved, self.parts())  # with --resume
 
     def parts(self) -> dict[str, object]:
         """What a checkpoint holds the state of."""
@@ -165,26 +165,25 @@ class Training:
         """
         begin = time.perf_counter()
         self.model.train()
-        mine = slice(ranks.RANK, None, ranks.RANKS)  # of each batch: with one process, all of it
         batches = torch.randperm(len(self.images)).to(self.device).split(self.batch_size)
-        losses, rates = torch.empty(len(batches), device=self.device), []
-        # The bar is for a terminal only (disable=None), past the stderr that ClearML records.
-        terminal, hidden = open(2, "w", closefd=False), True if ranks.RANK else None  # noqa: SIM115
-        for step, batch in enumerate(tqdm(batches, file=terminal, disable=hidden, leave=False)):
+        losses, rates = [], []
+        for batch in run.progress(batches):
             pixels = normalise(self.images[batch])
             if self.shift:
                 pixels = shift(pixels)
-            logits, labels = self.model(pixels[mine]), self.labels[batch[mine]]
-            loss = functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
+            logits = self.model(pixels[ranks.SHARE])  # of one process: all
+            labels = self.labels[batch[ranks.SHARE]]
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            loss = ranks.add_up(loss) / len(batch)
             self.optimizer.zero_grad()
-            (loss * ranks.RANKS).backward()  # of which the ranks take the mean
+            loss.backward()
             self.optimizer.step()
             rates.append(float(self.schedule.get_last_lr()[0]))
             self.schedule.step()
-            losses[step] = loss.detach()  # stays on the device: reading it would make a GPU wait
-        seconds = time.perf_counter() - begin
-        losses = ranks.add_up(losses)
-        return losses.tolist(), rates, round(len(self.images) / seconds)
+            losses.append(loss.detach())  # stays on the device: reading it would make a GPU wait
+        curve = torch.stack(losses).tolist()
+        speed = len(self.images) / (time.perf_counter() - begin)
+        return curve, rates, round(speed)
 
     def test(self) -> tuple[Tensor, float, float]:
         """The log-probability of each digit for each test image, [N, 10]; mean loss, accuracy."""
@@ -371,22 +370,23 @@ def parse_args() -> tuple[argparse.Namespace, checkpoint.State]:
 
 @run.guarded  # however it ends: one line, the true exit code, the true status of the task
 def main() -> None:
+    if ranks.RANK:  # of torchrun's processes one has the run, the others train along
+        ranks.train_along(Training)
+        return
     args, saved = parse_args()
     started = time.perf_counter() - saved.get("seconds", 0)
     task, storage = start_task(args, saved.get("task", ""))
     recipe = task.connect(saved.get("recipe", dict(RECIPE)), name="Recipe")
     ranks.share((args, dict(recipe), saved))
-    training = Training(args, recipe)
+    training = Training(args, recipe, saved)
     describe_setup(task, training)
     folder = args.output_dir / f"{datetime.now():%Y%m%d-%H%M%S}-{task.id[-8:]}"
     path = saved.get("path", folder / "checkpoint.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = task.get_logger()
     points: list[run.Point] = saved.get("points", [])
-    if saved:
-        checkpoint.restore(saved, training.parts())
-        for point in points:  # again, and none is there twice
-            logger.report_scalar(*point)
+    for point in points:  # of a resumed run: again, and none is there twice
+        logger.report_scalar(*point)
 
     for epoch in range(saved.get("epoch", 0) + 1, training.epochs + 1):
         losses, rates, speed = training.epoch()
@@ -431,17 +431,5 @@ def main() -> None:
     checkpoint.mark_finished(path, address or str(model))
 
 
-@run.guarded
-def train_along() -> None:
-    """The other processes of torchrun: their part of each batch, and nothing else."""
-    args, recipe, saved = ranks.share(None)
-    training = Training(args, recipe)
-    if saved:
-        checkpoint.restore(saved, training.parts())
-    for _ in range(saved.get("epoch", 0), training.epochs):
-        training.epoch()
-    ranks.leave()
-
-
 if __name__ == "__main__":
-    main() if ranks.RANK == 0 else train_along()
+    main()

@@ -122,7 +122,7 @@ def loop_share(pairs: int) -> float:
     torch.manual_seed(1)
     args = argparse.Namespace(device="cpu", data_dir=ROOT / "data", epochs=2 * (pairs + 1), dry_run=False)
     args.__dict__.update(seed=1, lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, test_batch_size=1000)
-    training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
+    training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
     training.images, training.labels = training.images[:12800], training.labels[:12800]
     batch, labels = pytorch_mnist.normalise(training.images[:128]), training.labels[:128]
 

@@ -60,7 +60,9 @@ def load(path: Path, net: torch.nn.Module) -> State:
 
 
 def restore(saved: State, parts: dict[str, Any]) -> None:
-    """Give each part, and torch's generator, the state that `save` had of it, and say so."""
+    """Give each part, and torch's generator, the state that `save` had of it, and say so. Of nothing, nothing."""
+    if not saved:
+        return
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     torch.set_rng_state(saved["generator"])

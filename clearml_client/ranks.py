@@ -1,6 +1,7 @@
 """Several processes of one run, as torchrun starts them: rank 0 owns the run, the others train along.
 
-A script calls `share` in all of them, and `distributed` for its network. With one process they do nothing.
+A script calls `share` and `distributed` in all of them, trains on its `SHARE` of each batch, and sums the loss by
+`add_up`. With one process they do nothing.
 """
 
 import os
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from clearml_client.faults import wrong_use
 
 RANK, RANKS = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+SHARE = slice(RANK, None, RANKS)  # of each batch: with one process, all of it
 LOCAL_RANK, LOCAL_RANKS = int(os.getenv("LOCAL_RANK", "0")), int(os.getenv("LOCAL_WORLD_SIZE", "1"))
 NODES = int(os.getenv("GROUP_WORLD_SIZE", "1"))
 PATIENCE = timedelta(minutes=10)  # for what the others do between two steps
@@ -49,6 +51,18 @@ def share(values: Any) -> Any:
     if box[0] is None and RANK:
         raise SystemExit(0)
     return box[0]
+
+
+def train_along(training_class: Callable[..., Any]) -> None:
+    """What a rank other than 0 does: the epochs of a training that is made of the values that rank 0 shares.
+
+    The last of these is what --resume goes on from, with the number of its `epoch`, or nothing.
+    """
+    values = share(None)
+    training = training_class(*values)
+    for _ in range(values[-1].get("epoch", 0), training.epochs):
+        training.epoch()
+    leave()
 
 
 def leave() -> None:
@@ -139,16 +153,25 @@ def distributed(net: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False)  # the buffers are equal
 
 
-class SumOverRanks(torch.autograd.Function):
-    """A tensor of the same shape on all ranks. Each rank's part has the sum of the gradients that the ranks have."""
+def add_up(values: Tensor) -> Tensor:
+    """The sum over all ranks, on all of them.
 
+    Each rank's `values` get the sum of the gradients that the ranks have. Of a loss that is its gradient times the
+    number of ranks, and so the mean, which `distributed` takes, is right.
+    """
+    return values if RANKS == 1 else SumOverRanks.apply(values)
+
+
+class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
-        return add_up(values.clone())
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(_: Any, gradients: Tensor) -> Tensor:
-        return add_up(gradients.clone())
+        return SumOverRanks.forward(_, gradients)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -166,7 +189,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         shifted = pixels - self.running_mean.view(-1, 1, 1)
         count = pixels.new_tensor([pixels.numel() / pixels.size(1)])
         sums = torch.cat([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3)), count])
-        *both, count = SumOverRanks.apply(sums).split(pixels.size(1))
+        *both, count = add_up(sums).split(pixels.size(1))
         offset, square = (each / count for each in both)
         variance = square - offset.square()
         with torch.no_grad():
@@ -176,10 +199,3 @@ class BatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * (variance + self.eps).rsqrt()
         normal: Tensor = (shifted - offset.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return normal
-
-
-def add_up(values: Tensor) -> Tensor:
-    """In place, the sum over all ranks, on all of them."""
-    if RANKS > 1:
-        dist.all_reduce(values)
-    return values

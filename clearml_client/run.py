@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from clearml import Task
+from tqdm import tqdm
 
 from clearml_client import agent, configuration, sdk, server, storage
 from clearml_client.faults import RunError, bounded, line, plural, print_any_letter, wrong_use
@@ -33,6 +34,7 @@ ranks: Any = None
 if int(os.getenv("WORLD_SIZE", "1")) > 1:  # torchrun's processes; it takes torch, which a run of one does without
     from clearml_client import ranks
 
+Step = TypeVar("Step")
 Point = tuple[str, str, float, int]  # title, series, value, iteration: the arguments of Logger.report_scalar
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
 STOPS |= {"SIGXCPU": "out of CPU time"}  # the last three are what batch systems send
@@ -496,6 +498,12 @@ def finish(task: Task, points: Iterable[Point] = ()) -> None:
         # An agent, and not this process, completes a task that it runs.
         if Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
             raise RunError(f"the ClearML server has the task as {status}")
+
+
+def progress(steps: Sequence[Step]) -> Iterator[Step]:
+    """Each step, with a bar on a terminal only (of rank 0 only), past the stderr that ClearML records."""
+    with open(2, "w", closefd=False) as terminal:
+        yield from tqdm(steps, file=terminal, disable=True if ranks and ranks.RANK else None, leave=False)
 
 
 def look_for_objects(task: Task) -> None:

@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def training(batch_size: int) -> pytorch_mnist.Training:
     args = Namespace(device="cpu", data_dir=ROOT, epochs=1, dry_run=False, lr=0.1, momentum=0.9, weight_decay=0, seed=1)
     args.batch_size, args.test_batch_size = batch_size, 100
-    return pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
+    return pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
 
 
 @pytest.mark.usefixtures("small")
