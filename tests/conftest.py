@@ -42,7 +42,7 @@ for project in APIClient().projects.get_all(name=f"^{sys.argv[1]}$", only_fields
 
 # Every right key of the tests, and the wrong ones: a typo in a secret is a secret, too.
 SECRETS = (Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret")
-CONFIGURATION = re.compile(r"\.env|.*\.conf|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
+CONFIGURATION = re.compile(r"\.env|.*\.(conf|cfg)|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
 
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
