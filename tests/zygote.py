@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import runpy
+import selectors
 import signal
 import socket
 import subprocess
@@ -126,46 +127,44 @@ class Zygote:
 
 # --- the other end ----------------------------------------------------------------------------------------------------
 def serve(orders: socket.socket) -> None:
-    """Keepers are waited for, so that `time pytest` counts what the runs cost."""
+    """Fork a run for each order, tell the tests its exit code, and end it where they are gone.
+
+    Without a thread, of which a fork would have no copy; each run is waited for, so that `time pytest` counts it.
+    """
+    waiting = selectors.DefaultSelector()
+    waiting.register(orders, selectors.EVENT_READ)
     while True:
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        (key, _), *_ = waiting.select()  # one at a time: what it changes may concern the next
+        if key.fileobj is not orders:
+            waiting.unregister(key.fileobj)
+            pid, status = key.data
+            if not status:
+                os.kill(pid, signal.SIGKILL)
+                continue
+            _, code = os.waitpid(pid, 0)
+            with suppress(OSError):
+                status.send(str(os.waitstatus_to_exitcode(code)).encode())
+            with suppress(KeyError):
+                waiting.unregister(status)
+            status.close()
+            os.close(key.fd)
+            continue
         data, fds, _, _ = socket.recv_fds(orders, 65536, 4)
         while data and len(data) < 65536:
             data += orders.recv(65536 - len(data))
         if not data:
-            with suppress(ChildProcessError):
-                while True:
-                    os.wait()
+            for pid in {other.data[0] for other in waiting.get_map().values() if other.data}:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
             return
-        if not os.fork():
-            orders.close()
-            keep(json.loads(data), fds)
+        if not (pid := os.fork()):
+            run(json.loads(data), fds)
+        status = socket.socket(fileno=fds.pop())
         for fd in fds:
             os.close(fd)
-
-
-def keep(order: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Fork the run, wait for it, and tell the tests its exit code; end it where the tests are gone."""
-    pid = os.fork()
-    if not pid:
-        run(order, fds)
-    status = socket.socket(fileno=fds.pop())
-    for fd in fds:
-        os.close(fd)
-    status.send(str(pid).encode())
-
-    def watch() -> None:
-        status.recv(1)  # nobody writes there: it returns when the tests' end is closed
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    _, code = os.waitpid(pid, 0)
-    with suppress(OSError):
-        status.send(str(os.waitstatus_to_exitcode(code)).encode())
-    os._exit(0)
+        status.send(str(pid).encode())
+        waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, status))
+        waiting.register(status, selectors.EVENT_READ, (pid, None))  # nobody writes there: it was closed
 
 
 def run(order: dict[str, Any], fds: list[int]) -> NoReturn:
