@@ -68,3 +68,25 @@ def alike(some: dict[tuple[str, str], dict[int, float]], other: dict[tuple[str, 
         and all(some[name] == other[name] for name in some if name != SPEED)
         and some[SPEED].keys() == other[SPEED].keys()
     )
+
+
+class Report:
+    """What the doctor said with --json, and what must hold of every run of it."""
+
+    def __init__(self, code: int, text: str) -> None:
+        document = json.loads(text)
+        self.code, self.cure = code, str(document["cure"])
+        self.findings = {
+            finding["name"]: "{state}: {value} [{source}] {cure}".format(**finding) for finding in document["findings"]
+        }
+        assert self.code == (not document["ok"])
+        assert document["ok"] == (not [text for text in self.findings.values() if text.startswith("failed")])
+
+    def __getitem__(self, name: str) -> str:
+        """The state, the value, who set it, and the cure."""
+        return self.findings[name]
+
+    @property
+    def well(self) -> bool:
+        """Nothing failed, and nothing was skipped."""
+        return not [text for text in self.findings.values() if text.startswith(("failed", "skipped"))]

@@ -1,6 +1,7 @@
-"""The doctor against real stores, a stand-in server and sockets that misbehave: diagnosis, cure, and nothing left.
+"""The doctor against real stores and a stand-in server: what it finds, where that came from, the cure, nothing left.
 
-What an error of a store means is in test_setups.py.
+What it says of a server, a file or a store that a run cannot use is in the catalogue, faults.py, beside what the run
+says. What an error of a store means is in test_setups.py.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, silent
+from reading import Report
 from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
 
 from clearml_client import doctor, storage
@@ -26,33 +28,7 @@ DOCTOR = ("-m", "clearml_client.doctor")
 PROVEN = "ok: written, read, compared, deleted in "
 
 
-class Report:
-    """What the doctor said with --json, and what must hold of every run."""
-
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        document = json.loads(done.stdout)
-        self.code, self.cure = done.returncode, str(document["cure"])
-        self.findings = {
-            finding["name"]: "{state}: {value} [{source}] {cure}".format(**finding) for finding in document["findings"]
-        }
-        assert self.code == (not document["ok"])
-        assert document["ok"] == (not [text for text in self.findings.values() if text.startswith("failed")])
-
-    def __getitem__(self, name: str) -> str:
-        """The state, the value, who set it, and the cure."""
-        return self.findings[name]
-
-    @property
-    def well(self) -> bool:
-        """Nothing failed, and nothing was skipped."""
-        return not [text for text in self.findings.values() if text.startswith(("failed", "skipped"))]
-
-
 Ask = Callable[..., Report]
-
-
-def closed() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
@@ -62,7 +38,8 @@ def ask(machine: Machine) -> Iterator[Ask]:
     def run(*only: str, uri: str | None = None, **variables: str) -> Report:
         target = [] if uri is None else [f"--output-uri={uri}"]
         other = Machine(machine.home, {**machine.variables, **variables})
-        return Report(other.run(*DOCTOR, "--json", "--only", *only, *target))
+        done = other.run(*DOCTOR, "--json", "--only", *only, *target)
+        return Report(done.returncode, done.stdout)
 
     yield run
     kept = {"clearml.conf", ".clearml.conf", "other.conf", ".aws", "elsewhere"}
@@ -111,11 +88,15 @@ def test_an_output_that_takes_nothing_costs_no_exit_code(machine: Machine, full:
     assert process.returncode == 1
 
 
-def test_help_says_what_the_exit_codes_mean(machine: Machine) -> None:
-    done = machine.run(*DOCTOR, "--help")
-    assert done.returncode == 0
-    assert "Exit code 0" in " ".join(done.stdout.split())
-    assert "Example: uv run -m clearml_client.doctor" in done.stdout
+def test_help_says_what_the_exit_codes_mean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        doctor.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Exit code 0: all well, perhaps with warnings; 1: something failed; 2: wrong arguments." in said
+    assert "Example: uv run -m clearml_client.doctor" in said
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -127,36 +108,36 @@ def test_without_any_configuration_it_warns_and_is_well(ask: Ask) -> None:
 
 
 HALF = {"clearml.conf": 'api { api_server: "http://127.0.0.1:1" }'}
+TWO_FILES = {"clearml.conf": "sdk {}", "other.conf": "$"}
 OTHER = {"CLEARML_CONFIG_FILE": "~/other.conf"}
 KEYS = {"CLEARML_API_ACCESS_KEY": "an-access-key", "CLEARML_API_SECRET_KEY": "a-wrong-secret"}
 SECRET = {"CLEARML_API_SECRET_KEY": "a-wrong-secret"}
-NO_FILE = r"failed: CLEARML_CONFIG_FILE names .*other.conf, and there is no such file \[CLEARML_CONFIG_FILE"
-HIDDEN = "failed: ClearML ignores ~/.clearml.conf.* mv ~/.clearml.conf ~/clearml.conf"
-SYNTAX = r"failed: .*clearml.conf, line 7: .*\[~/clearml.conf\] correct it at or above that line"
-NO_KEYS = "failed: half a ClearML configuration, api.credentials.access_key .*add .*CLEARML_API_SECRET_KEY"
 WHOLE = r"ok: .*\[api.api_server, ~/clearml.conf; CLEARML_API_ACCESS_KEY, environment"
 BEATS = "warning: CLEARML_API_SECRET_KEY beats api.credentials.secret_key.*unset CLEARML_API_SECRET_KEY"
-Said = tuple[dict[str, str], dict[str, str], str, str]  # files, variables; a check and what it finds
+Said = tuple[dict[str, str], dict[str, str], dict[str, str]]  # files, variables; what checks find
 CONFIGURATIONS: list[Said] = [
-    ({}, OTHER, "file", NO_FILE),
-    ({"clearml.conf": "sdk {}", "other.conf": "$"}, OTHER, "file", "ok: ~/other.conf; ~/clearml.conf is not read"),
-    ({"other.conf": "$"}, OTHER, "ClearML server", r"ok: .*\[api.api_server, ~/other.conf"),
-    ({".clearml.conf": "$"}, {}, "file", HIDDEN),
-    ({"clearml.conf": '$ a: "x'}, {}, "syntax", SYNTAX),
-    (HALF, {}, "ClearML server", NO_KEYS),
-    (HALF, KEYS, "ClearML server", WHOLE),
-    ({"clearml.conf": "$"}, SECRET, "overrides", BEATS),
+    (
+        TWO_FILES,
+        OTHER,
+        {
+            "file": "ok: ~/other.conf; ~/clearml.conf is not read",
+            "ClearML server": r"ok: .*\[api.api_server, ~/other.conf",
+        },
+    ),
+    (HALF, KEYS, {"ClearML server": WHOLE}),
+    ({"clearml.conf": "$"}, SECRET, {"overrides": BEATS}),
 ]
 
 
 @pytest.mark.parametrize("said", CONFIGURATIONS)
 def test_what_the_configuration_says(ask: Ask, machine: Machine, server: ClearMLServer, said: Said) -> None:
-    files, variables, check, words = said
+    files, variables, found = said
     for name, content in files.items():
         (machine.home / name).write_text(content.replace("$", server.configuration()))
     report = ask("configuration", "storage", **variables)
-    assert re.match(words, report[f"configuration: {check}"])
-    assert report["storage: target"].startswith("ok"), "it stops at nothing"
+    for check, words in found.items():
+        assert re.match(words, report[f"configuration: {check}"])
+    assert report["storage: target"].startswith("ok")
 
 
 def test_values_from_dotenv_are_named_as_such(machine: Machine, server: ClearMLServer, tmp_path: Path) -> None:
@@ -165,7 +146,8 @@ def test_values_from_dotenv_are_named_as_such(machine: Machine, server: ClearMLS
     (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={machine.home}/elsewhere\nCLEARML_API_ACCESS_KEY=inside\n")
     machine.variables = {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside"}
     machine.variables["PYTHONPATH"] = str(tmp_path)
-    report = Report(machine.run(*DOCTOR, "--json", "--only", "configuration", "storage"))
+    done = machine.run(*DOCTOR, "--json", "--only", "configuration", "storage")
+    report = Report(done.returncode, done.stdout)
     wins = f"warning: another value in the environment wins: CLEARML_API_ACCESS_KEY [{tmp_path}/.env]"
     assert report["configuration: .env"].startswith(wins)
     target = f"ok: folder ~/elsewhere, will be made [CLEARML_OUTPUT_URI, {tmp_path}/.env]"
@@ -176,17 +158,18 @@ def test_values_from_dotenv_are_named_as_such(machine: Machine, server: ClearMLS
 # --- server ---------------------------------------------------------------------------------------------------------
 def test_a_server_that_is_well(ask: Ask, machine: Machine, server: ClearMLServer) -> None:
     machine.configure(server.configuration())
-    report = ask("configuration", "server", "storage")
+    report = ask("configuration", "server", "storage", uri="")
     assert re.match("ok: access key ...-key is user tester .*~/clearml.conf", report["server: keys"])
     assert re.match("ok: server 2.3.0 with API 2.34, SDK 2.", report["server: version"])
     assert report["server: file server's object"].startswith(PROVEN)
-    assert report["storage: target"].startswith("ok: empty: the ClearML server's file server")
+    assert report["storage: target"].startswith("ok: empty: the ClearML server's file server [default]")
+    assert report["storage: object"].startswith(PROVEN)
     assert report.well
 
 
 def test_keys_files_and_web_that_are_wrong(ask: Ask, machine: Machine, server: ClearMLServer) -> None:
     machine.configure(server.configuration().replace("stand-in-access-key", "stand-in-wrong-key-abcd"))
-    lost = f"http://{closed()}"
+    lost = f"http://127.0.0.1:{free_port()}"
     report = ask("server", CLEARML_FILES_HOST=lost, CLEARML_WEB_HOST=server.files_url)
     assert re.match("failed: access key ...abcd and its secret are not accepted", report["server: keys"])
     assert "make new credentials" in report.cure
@@ -200,24 +183,16 @@ def test_a_file_server_that_the_run_does_not_use_is_a_warning(
     ask: Ask, machine: Machine, server: ClearMLServer
 ) -> None:
     machine.configure(server.configuration())
-    report = ask("server", uri=str(machine.home / "elsewhere"), CLEARML_FILES_HOST=f"http://{closed()}")
+    report = ask("server", uri=str(machine.home / "elsewhere"), CLEARML_FILES_HOST=f"http://127.0.0.1:{free_port()}")
     assert report.code == 0
     assert re.match("warning: .*refused.*this run stores nothing there", report["server: file server"])
 
 
-@pytest.mark.parametrize(
-    ("setting", "target"),
-    [
-        ("", "ok: empty: the ClearML server's file server [default]"),
-        ("sdk.development.default_output_uri", "ok: {files} [sdk.development.default_output_uri, ~/clearml.conf]"),
-    ],
-)
-def test_a_file_server_by_default_is_tried_as_the_run_does(
-    ask: Ask, machine: Machine, server: ClearMLServer, setting: str, target: str
-) -> None:
-    machine.configure(server.configuration(), f'{setting}: "{server.files_url}"' if setting else "")
+def test_a_file_server_by_default_is_tried_as_the_run_does(ask: Ask, machine: Machine, server: ClearMLServer) -> None:
+    setting = "sdk.development.default_output_uri"
+    machine.configure(server.configuration(), f'{setting}: "{server.files_url}"')
     report = ask("storage", uri="")
-    assert report["storage: target"].startswith(target.format(files=server.files_url))
+    assert report["storage: target"].startswith(f"ok: {server.files_url} [{setting}, ~/clearml.conf]")
     assert report["storage: object"].startswith(PROVEN)
 
 
@@ -239,15 +214,12 @@ def stores(rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS)
     assert rclone.buckets() == seaweed.buckets() == ["models"]
 
 
-READER = dict(zip(("key", "secret"), SeaweedFS.READER, strict=True))
-NOWHERE = "no-such-host.invalid:9000"
 HTTP, HTTPS = ({"AWS_ENDPOINT_URL": f"{scheme}://{{host}}"} for scheme in ("http", "https"))
 NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 PROFILE, OTHER_PROFILE = ({**NOBODY, "AWS_PROFILE": name} for name in ("lab", "lib"))
 LAB = f"[lab]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {Store.secret_key}\n"
 NO_EMULATOR = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
 PLAIN, TLS = "TLS spoken to a plain port", "plain HTTP spoken to a TLS port"
-CA, NO_BUCKET = "certificate {} .*/path/ca.pem", "failed: missing: no such bucket.* make the bucket"
 CHUNKS = "failed: .*checksum not understood .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 
 # A store; what is changed in its entry of clearml.conf, None for variables alone; target, variables; check, finding
@@ -261,18 +233,10 @@ STORES: list[Tried] = [
     ("seaweed", None, "s3://models/a/path", {}, "credentials", "ok: boto3 finds env, access key ...4321"),
     ("rclone", None, "s3://models", PROFILE, "credentials", "ok: .* shared-credentials-file, access key ...4321"),
     ("gcs", None, "{uri}", {}, "credentials", r"ok: .*emulator .*\[STORAGE_EMULATOR_HOST, environment"),
-    ("tls", {"secure": False}, "{uri}", {}, "endpoint", f"failed: .*{TLS}.*secure: true"),
-    ("tls", {"verify": None}, "{uri}", {}, "bucket", f"failed: .*{CA.format('not trusted')}"),
-    ("tls", {"verify": "/no/such"}, "{uri}", {}, "bucket", f"failed: .*{CA.format('file missing')}"),
+    ("tls", {"verify": "/no/such"}, "{uri}", {}, "bucket", "failed: .*certificate file missing .*/path/ca.pem"),
     ("tls", {}, "{uri}", {}, "object", CHUNKS),
     ("tls", None, "s3://models", HTTP, "endpoint", f"failed: .*{TLS} .AWS_ENDPOINT_URL, environment. write https:"),
     ("rclone", None, "s3://models", HTTPS, "endpoint", f"failed: .*{PLAIN} .AWS_ENDPOINT_URL, .* write http:"),
-    ("rclone", {}, "s3://{host}/missing", {}, "bucket", NO_BUCKET),
-    ("seaweed", {}, "s3://{host}/missing", {}, "bucket", NO_BUCKET),
-    ("gcs", None, "gs://missing", {}, "bucket", NO_BUCKET),
-    ("seaweed", READER, "{uri}", {}, "object", "failed: .*cannot write.*access denied.*AccessDenied.*permit"),
-    ("rclone", {"host": "{closed}"}, "s3://{closed}/models", {}, "endpoint", "failed: .*refused.*start the server"),
-    ("rclone", {"host": NOWHERE}, f"s3://{NOWHERE}/x", {}, "endpoint", "failed: .*name not resolved.*correct the host"),
     ("rclone", None, "s3://models", OTHER_PROFILE, "credentials", "failed: .*lib.*correct AWS_PROFILE"),
     ("rclone", None, "s3://models", NOBODY, "credentials", "failed: .*no keys.*AWS_ACCESS_KEY_ID"),
     ("gcs", None, "gs://models", NO_EMULATOR, "credentials", "failed: .*gcloud auth application-default login"),
@@ -283,14 +247,13 @@ STORES: list[Tried] = [
 def test_what_a_store_says(ask: Ask, machine: Machine, stores: dict[str, Store], tried: Tried) -> None:
     name, entry, uri, variables, check, words = tried
     store = stores[name]
-    places = {"host": store.host, "uri": store.uri("a/path"), "closed": f"127.0.0.1:{free_port()}"}
+    places = {"host": store.host, "uri": store.uri("a/path")}
     (machine.home / ".aws").mkdir()
     (machine.home / ".aws/credentials").write_text(LAB)
     if entry is None:
         variables = store.environment() | {key: value.format(**places) for key, value in variables.items()}
     elif isinstance(store, S3Store):
-        host = {"host": entry["host"].format(**places)} if "host" in entry else {}
-        machine.configure(store.clearml_conf(**entry | host))
+        machine.configure(store.clearml_conf(**entry))
     report = ask("storage", uri=uri.format(**places), **variables)
     assert re.match(words, report[f"storage: {check}"])
     assert report["storage: object"].startswith("ok: written") == report.well
@@ -306,10 +269,9 @@ def test_azure_without_credentials(ask: Ask) -> None:
     assert report["storage: object"].startswith("skipped")
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_a_folder_that_is_not_yet_there(ask: Ask, tmp_path: Path, scheme: str) -> None:
+def test_a_folder_that_is_not_yet_there(ask: Ask, tmp_path: Path) -> None:
     folder = tmp_path / "not yet there"
-    report = ask("storage", uri=f"{scheme}{folder}")
+    report = ask("storage", uri=f"file://{folder}")
     assert f"folder {folder}, will be made" in report["storage: target"]
     assert report["storage: object"].startswith(PROVEN)
     assert not folder.exists()
@@ -338,15 +300,11 @@ def test_a_target_that_is_none(uri: str, words: str) -> None:
 # What stands where the API server should be; the check that says so; its words; its cure.
 Address = tuple[str, str, str, str]
 ADDRESSES: list[Address] = [
-    ("http://no-such-host.invalid:8008", "address", "name not resolved", "correct the host name"),
-    ("http://{closed}", "address", "refused", "correct the port"),
     ("127.0.0.1:8008", "address", "no address", "http://host:port"),
-    ("{web}", "API", "the web UI", "port 8008"),
     ("{store}", "API", "something else", "port 8008"),
     ("https://{host}", "address", PLAIN, "write {api}"),
     ("http://{secure}", "address", TLS, "write https://{secure}"),
-    ("https://{secure}", "API", "certificate not trusted", "REQUESTS_CA_BUNDLE"),
-    ("https://{secure}", "API", "certificate not trusted", "api.verify_certificate"),
+    ("https://{secure}", "API", "certificate not trusted", "api.verify_certificate.*REQUESTS_CA_BUNDLE"),
 ]
 
 # What is wrong with the entry in clearml.conf; the check that says so; its words; the first cure.
@@ -356,11 +314,7 @@ ENTRIES: list[Entry] = [
     ({"host": "127.0.0.1:1"}, "entry", "has another port", "one and the same host:port"),
     ({"host": "store.example:9000"}, "entry", "is another host", 'add an entry with host: "{store_host}"'),
     ({"host": "http://{store_host}"}, "entry", "the SDK cannot use", "without http://"),
-    ({"key": None, "secret": None}, "entry", "dropped in silence", "use_credentials_chain"),
     ({"bucket": "mod"}, "entry", "bucket 'mod' is taken for", "write the whole name"),
-    ({"secure": True}, "endpoint", PLAIN, "secure: false"),
-    ({"key": "AKIAUNKNOWN98765"}, "bucket", "unknown key", "correct the access key"),
-    ({"secret": "a-wrong-secret"}, "bucket", "signature mismatch", "correct the secret key"),
 ]
 
 
@@ -370,7 +324,7 @@ def test_neither_a_wrong_address_nor_a_wrong_entry_hides_the_other(
 ) -> None:
     rclone, rclone_tls = stores["rclone"], stores["tls"]
     assert isinstance(rclone, S3Store)
-    places = {"web": server.web_url, "api": server.api_url, "closed": closed(), "secure": rclone_tls.host}
+    places = {"api": server.api_url, "secure": rclone_tls.host}
     places |= {"host": server.api_url.partition("//")[2], "store": rclone.endpoint, "store_host": rclone.host}
     host, check, words, cure = (text.format(**places) for text in address)
     change, entry_check, entry_words, entry_cure = entry
@@ -379,7 +333,7 @@ def test_neither_a_wrong_address_nor_a_wrong_entry_hides_the_other(
     machine.configure(server.configuration(), rclone.clearml_conf(**change))
     report = ask("server", "storage", uri=rclone.uri("runs"), CLEARML_API_HOST=host)
     assert re.match(f"failed: .*{words}.*CLEARML_API_HOST, environment", report[f"server: {check}"])
-    assert cure in report.cure
+    assert re.search(cure, report.cure)
     assert report["server: keys"].startswith("skipped")
     assert report["server: file server"].startswith("ok")
     assert re.match(f"failed: .*{entry_words}", report[f"storage: {entry_check}"])
