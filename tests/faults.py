@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, Run, silent
@@ -53,9 +53,10 @@ def row(
     return mark
 
 
-def promise_of(test: str, beginning: str = "") -> Promise:
-    """The test's row; the one that begins like this, where it has several."""
-    (promise,) = [promise for name, promise in ROWS if name == test and promise.row.startswith(beginning)]
+def promise_of(test: str, beginning: str = "", code: int | None = None) -> Promise:
+    """The test's row; the one that begins like this, or has this exit code, where there are several."""
+    rows = [promise for name, promise in ROWS if name == test and promise.row.startswith(beginning)]
+    (promise,) = [promise for promise in rows if code in (None, promise.code)]
     return promise
 
 
@@ -106,6 +107,27 @@ class Setup:
         self.with_store("rclone", f"s3://{host}/models", host=host)
 
 
+Provoke = Callable[[Setup], None]
+
+
+def server_at(url: str = "") -> Provoke:
+    """The address of the API server is another, or one where nobody listens."""
+    return lambda setup: setup.at(url or f"http://127.0.0.1:{free_port()}")
+
+
+def file(name: str, *changes: tuple[str, str], **variables: str) -> Provoke:
+    return lambda setup: setup.with_file(name, *changes, **variables)
+
+
+def store(name: str, path: str = "", **entry: object) -> Provoke:
+    return lambda setup: setup.with_store(name, path, **entry)
+
+
+def store_at(host: str = "") -> Provoke:
+    """An S3 store at another address, or one where nobody listens."""
+    return lambda setup: setup.with_store_at(host or f"127.0.0.1:{free_port()}")
+
+
 def silent_server(setup: Setup) -> None:
     setup.at(f"http://{setup.held.enter_context(silent())}")
 
@@ -114,219 +136,136 @@ def silent_store(setup: Setup) -> None:
     setup.with_store_at(setup.held.enter_context(silent()))
 
 
-def closed_port(setup: Setup) -> None:
-    setup.with_store_at(f"127.0.0.1:{free_port()}")
-
-
 # --- the faults -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, kw_only=True)
-class Fault(Promise):
-    """What each says; of the doctor a check, its words and what to try first. All are regular expressions."""
+class Others(NamedTuple):
+    """What the doctor says by one of its checks, and as the first cure; and the clean-up. Regular expressions."""
 
-    provoke: Callable[[Setup], None]
-    finds: tuple[str, str]
+    check: str
+    finds: str
     cure: str
     cleanup: str = ""
 
 
-def no_answer(provoke: Callable[[Setup], None], finds: tuple[str, str], cure: str, within: int = 15) -> Fault:
+@dataclass(frozen=True, kw_only=True)
+class Fault(Promise):
+    provoke: Provoke
+    others: Others
+
+
+def no_answer(provoke: Provoke, check: str, finds: str, cure: str, within: int = 15) -> Fault:
     what = "no answer from the ClearML API server {url}"
-    return Fault(
-        row="the ClearML server is down",
-        words=(what, "--offline", "clearml_client.doctor"),
-        within=within,
-        provoke=provoke,
-        finds=finds,
-        cure=cure,
-        cleanup=what,
-    )
+    words = (what, "--offline", "clearml_client.doctor")
+    others = Others(f"server: {check}", finds, cure, what)
+    return Fault(row="the ClearML server is down", words=words, within=within, provoke=provoke, others=others)
 
 
-def wrong_key(origin: str, provoke: Callable[[Setup], None]) -> Fault:
-    where = f"(credentials: {origin}; new ones: {{web}}/settings/workspace-configuration)"
-    return Fault(
-        row="the access or secret key is wrong",
-        words=("the ClearML server refused", where),
-        provoke=provoke,
-        finds=("server: keys", rf"access key \.\.\.-key and its secret are not accepted.*\[{origin}"),
-        cure="make new credentials",
-        cleanup=f"the ClearML server refused.*{origin}",
-    )
+def wrong_key(provoke: Provoke, origin: str) -> Fault:
+    new = "; new ones: {web}/settings/workspace-configuration)"
+    finds = rf"access key \.\.\.-key and its secret are not accepted.*\[{origin}"
+    others = Others("server: keys", finds, "make new credentials", f"the ClearML server refused.*{origin}")
+    words = ("the ClearML server refused", f"(credentials: {origin}{new}")
+    return Fault(row="the access or secret key is wrong", words=words, provoke=provoke, others=others)
 
 
-def wrong_file(provoke: Callable[[Setup], None], words: tuple[str, ...], finds: tuple[str, str], cure: str) -> Fault:
-    said = ".*".join(map(re.escape, words))
-    return Fault(
-        row="clearml.conf is a folder", words=words, provoke=provoke, finds=finds, cure=cure, cleanup=f"error: .*{said}"
-    )
+def wrong_file(provoke: Provoke, words: tuple[str, ...], check: str, finds: str, cure: str) -> Fault:
+    others = Others(f"configuration: {check}", finds, cure, f"error: .*{'.*'.join(map(re.escape, words))}")
+    return Fault(row="clearml.conf is a folder", words=words, provoke=provoke, others=others)
 
 
-def no_storage(
-    provoke: Callable[[Setup], None], says: str, finds: tuple[str, str], cure: str, cleanup: str = ""
-) -> Fault:
+def no_storage(provoke: Provoke, says: str, check: str, finds: str, cure: str, cleanup: str = "") -> Fault:
     """`says` is what the store itself says."""
-    return Fault(
-        row="the storage is missing",
-        words=("error: no storage at {target}: ", says, "-m clearml_client.doctor --output-uri {target}"),
-        status="failed",
-        within=15,
-        provoke=provoke,
-        finds=finds,
-        cure=cure,
-        cleanup=cleanup,
-    )
+    words = ("error: no storage at {target}: ", says, "-m clearml_client.doctor --output-uri {target}")
+    others = Others(f"storage: {check}", finds, cure, cleanup)
+    return Fault(row="the storage is missing", words=words, status="failed", within=15, provoke=provoke, others=others)
 
 
 SECRET = ClearMLServer.secret_key
 FILE = "api.credentials.{}_key, ~/clearml.conf".format
+HALF = "half a ClearML configuration"
+IGNORED = "ClearML ignores ~/.clearml.conf"
 READER = dict(zip(("key", "secret"), SeaweedFS.READER, strict=True))
-NO_BUCKET = "make the bucket, or correct its name"
+MISSING = ("bucket", "nonesuch: no such bucket", "make the bucket, or correct its name")
+WAIT = "check host, port and firewall"
 
 FAULTS: dict[str, Fault] = {
-    # the server
-    "nobody listens": no_answer(
-        provoke=lambda setup: setup.at(f"http://127.0.0.1:{free_port()}"),
-        finds=("server: address", "refused"),
-        cure="correct the port",
-    ),
-    "no such name": no_answer(
-        provoke=lambda setup: setup.at("http://clearml.invalid:8008"),
-        finds=("server: address", "name not resolved"),
-        cure="correct the host name",
-    ),
-    "a silent server": no_answer(
-        provoke=silent_server,
-        finds=("server: API", "time-out"),
-        cure="check host, port and firewall",
-        within=30,
-    ),
+    "nobody listens": no_answer(server_at(), "address", "refused", "correct the port"),
+    "no such name": no_answer(server_at("http://clearml.invalid:8008"), "address", "name not res", "correct the host"),
+    "a silent server": no_answer(silent_server, "API", "time-out", WAIT, within=30),
     "the web UI": Fault(
         row="something else answers at its address",
         words=("no ClearML API server at {url}", "the web UI answers there", "clearml_client.doctor"),
         provoke=lambda setup: setup.at(setup.server.web_url),
-        finds=("server: API", "the web UI"),
-        cure="port 8008",
-        cleanup="error: no ClearML API server at {url}",
+        others=Others("server: API", "the web UI", "port 8008", "error: no ClearML API server at {url}"),
     ),
     "a wrong key in the file": wrong_key(
-        f"{FILE('access')}; {FILE('secret')}",
-        lambda setup: setup.with_file("clearml.conf", (SECRET, "mistyped")),
+        file("clearml.conf", (SECRET, "mistyped")), f"{FILE('access')}; {FILE('secret')}"
     ),
     "a wrong key in a variable": wrong_key(
+        file("clearml.conf", CLEARML_API_SECRET_KEY="mistyped"),
         f"{FILE('access')}; CLEARML_API_SECRET_KEY, environment",
-        lambda setup: setup.with_file("clearml.conf", CLEARML_API_SECRET_KEY="mistyped"),
     ),
-    # clearml.conf
+    # By what; words of script and clean-up; the doctor's check, its words, its cure
     "a syntax error": wrong_file(
-        provoke=lambda setup: setup.with_file("clearml.conf", ("api {", "api { ] ")),
-        words=("~/clearml.conf, line 1",),
-        finds=("configuration: syntax", r"clearml.conf, line 1: .*\[~/clearml.conf\]"),
-        cure="correct it at or above that line",
+        file("clearml.conf", ("api {", "api { ] ")),
+        ("~/clearml.conf, line 1",),
+        *("syntax", r"clearml.conf, line 1: .*\[~/clearml.conf\]", "correct it at or above that line"),
     ),
     "a file that is missing": wrong_file(
-        provoke=lambda setup: setup.with_file("clearml.conf", CLEARML_CONFIG_FILE="~/other.conf"),
-        words=("CLEARML_CONFIG_FILE names ~/other.conf", "no such file"),
-        finds=("configuration: file", r"names .*other.conf, and there is no such file \[CLEARML_CONFIG_FILE"),
-        cure="correct or unset CLEARML_CONFIG_FILE",
+        file("clearml.conf", CLEARML_CONFIG_FILE="~/other.conf"),
+        ("CLEARML_CONFIG_FILE names ~/other.conf", "no such file"),
+        *("file", r"names .*no such file \[CLEARML_CONFIG_FILE", "correct or unset CLEARML_CONFIG_FILE"),
     ),
     "a file with a dot": wrong_file(
-        provoke=lambda setup: setup.with_file(".clearml.conf"),
-        words=("~/.clearml.conf", "~/clearml.conf"),
-        finds=("configuration: file", "ClearML ignores ~/.clearml.conf"),
-        cure="mv ~/.clearml.conf ~/clearml.conf",
+        file(".clearml.conf"), (IGNORED, "~/clearml.conf"), "file", IGNORED, "mv ~/.clearml.conf ~/clearml.conf"
     ),
     "half a file": wrong_file(
-        provoke=lambda setup: setup.with_file("clearml.conf", ("secret_key", "sekret_key")),
-        words=("half a ClearML configuration", "api.credentials.secret_key", "~/clearml.conf"),
-        finds=("configuration: ClearML server", "half a ClearML configuration, api.credentials.secret_key"),
-        cure="add .*CLEARML_API_SECRET_KEY.* to ~/clearml.conf or .env",
+        file("clearml.conf", ("secret_key", "sekret_key")),
+        (HALF, "api.credentials.secret_key", "~/clearml.conf"),
+        *("ClearML server", f"{HALF}, api.credentials.secret_key", "add .*SECRET_KEY.* to ~/clearml.conf or .env"),
     ),
-    # the storage
-    "no such bucket": no_storage(
-        provoke=lambda setup: setup.with_store("rclone", "s3://{host}/nonesuch"),
-        says="NoSuchBucket",
-        finds=("storage: bucket", "nonesuch: no such bucket"),
-        cure=NO_BUCKET,
-    ),
+    # By what; the store's own word; the doctor's check, its words, its cure; the clean-up's words
+    "no such bucket": no_storage(store("rclone", "s3://{host}/nonesuch"), "NoSuchBucket", *MISSING),
     "no such bucket where a store makes it": no_storage(
-        provoke=lambda setup: setup.with_store("seaweed", "s3://{host}/nonesuch"),
-        says="NoSuchBucket",
-        finds=("storage: bucket", "nonesuch: no such bucket"),
-        cure=NO_BUCKET,
-        cleanup="left .*no such bucket",
+        store("seaweed", "s3://{host}/nonesuch"), "NoSuchBucket", *MISSING, "left .*no such bucket"
     ),
     "no such bucket of Google's": no_storage(
-        provoke=lambda setup: setup.with_store("gcs", "gs://nonesuch"),
-        says="no such bucket",
-        finds=("storage: bucket", "nonesuch: no such bucket"),
-        cure=NO_BUCKET,
-        cleanup="left .*no such bucket",
+        store("gcs", "gs://nonesuch"), "no such bucket", *MISSING, "left .*no such bucket"
     ),
     "an unknown key": no_storage(
-        provoke=lambda setup: setup.with_store("seaweed", key="AKIAUNKNOWN98765"),
-        says="InvalidAccessKeyId",
-        finds=("storage: bucket", "unknown key"),
-        cure="correct the access key",
+        store("seaweed", key="AKIAUNKNOWN98765"),
+        "InvalidAccessKeyId",
+        "bucket",
+        "unknown key",
+        "correct the access key",
     ),
     "a wrong secret": no_storage(
-        provoke=lambda setup: setup.with_store("seaweed", secret="a-wrong-secret"),
-        says="SignatureDoesNotMatch",
-        finds=("storage: bucket", "signature mismatch"),
-        cure="correct the secret key",
-        cleanup="left .*forbidden",
+        store("seaweed", secret="a-wrong-secret"),
+        *("SignatureDoesNotMatch", "bucket", "signature mismatch", "correct the secret key", "left .*forbidden"),
     ),
     "no permission to write": no_storage(
-        provoke=lambda setup: setup.with_store("seaweed", **READER),
-        says="AccessDenied",
-        finds=("storage: object", "cannot write.*access denied.*AccessDenied"),
-        cure="permit",
-        cleanup="left .*AccessDenied",
+        store("seaweed", **READER),
+        *("AccessDenied", "object", "cannot write.*access denied.*AccessDenied", "permit", "left .*AccessDenied"),
     ),
     "an entry without keys": no_storage(
-        provoke=lambda setup: setup.with_store("rclone", key=None, secret=None),
-        says="no keys",
-        finds=("storage: entry", "dropped in silence"),
-        cure="use_credentials_chain",
-        cleanup="left .*no keys",
+        store("rclone", key=None, secret=None),
+        *("no keys", "entry", "dropped in silence", "use_credentials_chain", "left .*no keys"),
     ),
     "https to a plain port": no_storage(
-        provoke=lambda setup: setup.with_store("rclone", secure=True),
-        says="SSL",
-        finds=("storage: endpoint", "TLS spoken to a plain port"),
-        cure="secure: false",
+        store("rclone", secure=True), "SSL", "endpoint", "TLS spoken to a plain port", "secure: false"
     ),
     "http to a TLS port": no_storage(
-        provoke=lambda setup: setup.with_store("tls", secure=False, verify=None),
-        says="",
-        finds=("storage: endpoint", "plain HTTP spoken to a TLS port"),
-        cure="secure: true",
+        store("tls", secure=False, verify=None), "", "endpoint", "plain HTTP spoken to a TLS port", "secure: true"
     ),
     "a certificate of nobody's": no_storage(
-        provoke=lambda setup: setup.with_store("tls", verify=None),
-        says="CERTIFICATE_VERIFY_FAILED",
-        finds=("storage: bucket", "certificate not trusted"),
-        cure="/path/ca.pem",
+        store("tls", verify=None), "CERTIFICATE_VERIFY_FAILED", "bucket", "certificate not trusted", "/path/ca.pem"
     ),
     "a closed port": no_storage(
-        provoke=closed_port,
-        says="Could not connect",
-        finds=("storage: endpoint", "refused"),
-        cure="start the server",
-        cleanup="left .*no answer",
+        store_at(), "Could not connect", "endpoint", "refused", "start the server", "left .*no answer"
     ),
     "a name of nobody's": no_storage(
-        provoke=lambda setup: setup.with_store_at("no-such-host.invalid:9000"),
-        says="Could not connect",
-        finds=("storage: endpoint", "name not resolved"),
-        cure="correct the host",
+        store_at("no-such-host.invalid:9000"), "Could not connect", "endpoint", "name not resolved", "correct the host"
     ),
-    "a silent store": no_storage(
-        provoke=silent_store,
-        says="",
-        finds=("storage: bucket", "time-out"),
-        cure="check host, port and firewall",
-        cleanup="left .*no answer",
-    ),
+    "a silent store": no_storage(silent_store, "", "bucket", "time-out", WAIT, "left .*no answer"),
 }
 
 # --- the rows that are shown elsewhere --------------------------------------------------------------------------------

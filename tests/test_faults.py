@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,6 @@ import pytorch_mnist
 from clearml_client import checkpoint
 from clearml_client.faults import RunError
 
-AsPromised = Callable[..., None]
 Refused = Callable[..., str]
 LONG = 10_000  # epochs that no test waits for
 
@@ -57,24 +57,33 @@ def server(live: bool, tmp_path: Path) -> Iterator[ClearMLServer]:
     assert stand_in.unknown == []
 
 
-@pytest.fixture
-def online(machine: Machine, server: ClearMLServer) -> ClearMLServer:
-    """The server, in the machine's clearml.conf."""
-    machine.configure(server.configuration())
-    return server
+@dataclass
+class Bench:
+    """A machine with a server, and a training that takes seconds."""
 
+    machine: Machine
+    server: ClearMLServer
+    begin: Begin
+    few: list[object]
+    test: str
 
-@pytest.fixture
-def as_promised(request: pytest.FixtureRequest, server: ClearMLServer) -> AsPromised:
-    """Waits for the end of a run, which must be as the test's row of the README has it."""
+    def train(self, *arguments: object, **variables: str) -> Run:
+        return self.begin(*self.few, *arguments, **variables)
 
-    def see(run: Run, row: str = "", **places: object) -> None:
-        promise = promise_of(request.function.__name__, row)
+    def ends(self, run: Run, row: str = "", code: int | None = None, **places: object) -> None:
+        """Waits for the end, which must be as the test's row of the README has it."""
+        promise = promise_of(self.test, row, code)
         promise.kept(run, **{name: str(place) for name, place in places.items()})
         if promise.status:
-            assert server.tasks[run.task]["status"] == promise.status
+            assert self.server.tasks[run.task]["status"] == promise.status
 
-    return see
+
+@pytest.fixture
+def bench(
+    machine: Machine, server: ClearMLServer, begin: Begin, few: list[object], request: pytest.FixtureRequest
+) -> Bench:
+    machine.configure(server.configuration())
+    return Bench(machine, server, begin, few, request.function.__name__)
 
 
 @pytest.fixture
@@ -164,12 +173,7 @@ def agree(what: str, promises: list[Promise]) -> None:
 # --- before the run begins -------------------------------------------------------------------------------------------
 @pytest.fixture
 def setup(
-    machine: Machine,
-    server: ClearMLServer,
-    rclone: Rclone,
-    rclone_tls: Rclone,
-    seaweed: SeaweedFS,
-    gcs: FakeGCS,
+    machine: Machine, server: ClearMLServer, rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS
 ) -> Iterator[Setup]:
     """All is well, and nothing is stored afterwards, in no bucket that was not there."""
     machine.variables |= CHECKSUM
@@ -202,11 +206,11 @@ def test_script_doctor_and_cleanup_name_what_is_wrong(begin: Begin, setup: Setup
     areas = ["configuration", "server", "storage"]
     script = begin(*target)
     doctor = begin("clearml_client.doctor", "--json", "--only", *areas, *target, script="-m")
-    if fault.cleanup:
+    if fault.others.cleanup:
         cleanup = begin("clearml_client.cleanup", "--project-name", "old", "--delete", "--yes", script="-m")
         assert cleanup.end() == 1, cleanup.everything
         said = cleanup.everything.replace(setup.places["home"], "~")
-        assert re.search(fault.cleanup.format(**setup.places), said), said
+        assert re.search(fault.others.cleanup.format(**setup.places), said), said
     ends_before_training(script, fault, setup)
     has_the_cure(Report(doctor.end(), doctor.stdout), fault)
     assert server.tasks.keys() == {script.task, old} if setup.target else not server.tasks
@@ -226,9 +230,10 @@ def ends_before_training(script: Run, fault: Fault, setup: Setup) -> None:
 
 
 def has_the_cure(report: Report, fault: Fault) -> None:
-    check, words = fault.finds
-    assert re.match(f"failed: .*{words}", report[check]), report[check]
-    assert re.match(f"{check}: .*{fault.cure}", report.cure), report.cure
+    check, finds, cure, _ = fault.others
+    assert re.match(f"failed: .*{finds}", report[check]), report[check]
+    assert re.match(f"{check}: .*{cure}", report.cure), report.cure
+    assert report["storage: target"].startswith("ok")  # it stops at nothing
     if fault.status:
         assert report["storage: object"].startswith(("failed", "skipped"))
 
@@ -236,31 +241,25 @@ def has_the_cure(report: Report, fault: Fault) -> None:
 # --- the server dies --------------------------------------------------------------------------------------------------
 @row("the server dies during training and comes back", 0)
 @row("the server dies during training and stays away", 1, "did not reach", within=120)
-def test_a_server_that_dies_costs_no_training(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    tmp_path: Path,
-    as_promised: AsPromised,
-) -> None:
+def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     """Two runs, each with a server of its own: one comes back, the other does not, for which its run waits a minute."""
     lost = ClearMLServer(tmp_path / "lost")
     lost.start()
     hosts = {"CLEARML_API_HOST": lost.api_url, "CLEARML_FILES_HOST": lost.files_url, "CLEARML_WEB_HOST": lost.web_url}
     elsewhere = ["--output-uri", tmp_path, "--output-dir", "deserted"]
-    deserted, other = begin(*few, "--epochs", 4, *elsewhere, **hosts), begin(*few, "--epochs", 6)
+    deserted = bench.train("--epochs", 4, *elsewhere, **hosts)
     deserted.wait_for("epoch 1/4")
     lost.stop()
-    other.wait_for("epoch 2/6")
-    online.stop()
     deserted.wait_for("epoch 4/4")
     deserted.since = time.monotonic()
+    other = bench.train("--epochs", 6)
+    other.wait_for("epoch 2/6")
+    bench.server.stop()
     other.wait_for("waiting for the ClearML server to come back", times=2)
-    online.start()
-    as_promised(other, "the server dies during training and comes back")
-    the_server_has_everything(online, other, machine)
-    as_promised(deserted, "the server dies during training and stays away")
+    bench.server.start()
+    bench.ends(other, "the server dies during training and comes back")
+    the_server_has_everything(bench.server, other, machine)
+    bench.ends(deserted, "the server dies during training and stays away")
     (model,) = machine.home.glob("deserted/*/model.pt")
     assert str(model.relative_to(machine.home)) in deserted.line
     assert is_whole(model)
@@ -282,11 +281,6 @@ def the_server_has_everything(server: ClearMLServer, run: Run, machine: Machine)
 
 
 # --- the storage dies -------------------------------------------------------------------------------------------------
-STORAGE_DIES = row(
-    "the storage dies during training", 1, "the model is in outputs/{model}, but not at {uri}", status="failed"
-)
-
-
 def go_on(run: Run, begin: Begin, *more: object) -> Run:
     """What the last line says, copied: it uploads what is there, without training again."""
     command = re.search(r"uv run .*pytorch_mnist.py (--resume \S+)", run.line)
@@ -301,78 +295,75 @@ def stored_at(run: Run) -> str:
     return str(re.findall(r"^Stored: (.*)$", run.stdout, re.MULTILINE)[0])
 
 
-@STORAGE_DIES
-def test_a_store_that_dies_while_training_costs_no_training(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], tmp_path: Path, as_promised: AsPromised
-) -> None:
-    with Rclone(tmp_path / "store") as store:
-        machine.configure(online.configuration(), store.clearml_conf())
-        run = begin(*few, "--epochs", 3, "--output-uri", store.uri())
-        run.wait_for("epoch 1/")
-        store.stop()
-        run.end()
-        model = machine.outputs("model.pt")
-        as_promised(run, model=model.relative_to(machine.home / "outputs"), uri=store.uri())
-        assert "Could not connect" in run.line
-        assert evaluate(model, 1000) == pytest.approx(float(EPOCH.findall(run.stdout)[-1][4]), abs=0.005)
-        task = online.tasks[run.task]
-        assert store.uri() in task["status_reason"]
-
-        store.start()
-        again = go_on(run, begin)
-        (key,) = [key for key in store.keys() if key.endswith("models/model.pt")]
-        assert store.get(key) == model.read_bytes()
-        assert task["status"] == "completed"
-        assert [entry["uri"] for entry in online.models.values()] == [stored_at(again)]
-
-
-@STORAGE_DIES
-def test_a_store_that_dies_in_the_middle_of_the_upload_has_no_half_object(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], tmp_path: Path, as_promised: AsPromised
-) -> None:
+@row("the storage dies during training", 1, "the model is in outputs/{model}, but not at {uri}", status="failed")
+@pytest.mark.parametrize("when", ["while training", "in the middle of the upload"])
+def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp_path: Path, when: str) -> None:
+    """The store has no half object, and the command of the last line uploads what is there."""
     with Rclone(tmp_path / "store") as store:
         plug = Plug(store.port)
-        machine.configure(online.configuration(), store.clearml_conf(host=plug.host))
-        uri = f"s3://{plug.host}/{store.bucket}"
-        run = begin(*few, "--epochs", 3, "--output-uri", uri)
+        host = store.host if when == "while training" else plug.host
+        uri = f"s3://{host}/{store.bucket}"
+        machine.configure(bench.server.configuration(), store.clearml_conf(host=host))
+        run = bench.train("--epochs", 3, "--output-uri", uri)
         run.wait_for("epoch 1/")
-        plug.bytes_left = 100_000  # of the 171,000 that the model has
+        if when == "while training":
+            store.stop()
+        else:
+            plug.bytes_left = 100_000  # of the 171,000 that the model has
         run.end()
-        assert plug.pulled
+        assert plug.pulled == (when != "while training")
         model = machine.outputs("model.pt")
-        as_promised(run, model=model.relative_to(machine.home / "outputs"), uri=uri)
-        assert not store.keys()
-        assert is_whole(model)
-        task = online.tasks[run.task]
+        bench.ends(run, model=model.relative_to(machine.home / "outputs"), uri=uri)
+        assert ("Could not connect" in run.line) == (when == "while training")
+        assert evaluate(model, 1000) == pytest.approx(float(EPOCH.findall(run.stdout)[-1][4]), abs=0.005)
+        task = bench.server.tasks[run.task]
         assert uri in task["status_reason"]
 
-        machine.configure(online.configuration(), store.clearml_conf())  # mended: the store at its own port
-        again = go_on(run, begin, "--output-uri", store.uri())
-        assert store.get(stored_at(again).removeprefix(f"{store.uri()}/")) == model.read_bytes()
+        if when == "while training":
+            store.start()
+        assert not store.keys()
+        machine.configure(bench.server.configuration(), store.clearml_conf())  # mended: the store at its own port
+        again = go_on(run, bench.begin, "--output-uri", store.uri())
+        (key,) = [key for key in store.keys() if key.endswith("models/model.pt")]
+        assert stored_at(again) == store.uri(key)
+        assert store.get(key) == model.read_bytes()
         assert task["status"] == "completed"
+        assert [entry["uri"] for entry in bench.server.models.values()] == [stored_at(again)]
 
 
 # --- signals and the web UI -------------------------------------------------------------------------------------------
 @row("SIGTERM, SIGHUP", 143, "terminated", status="stopped", within=10)
-@pytest.mark.parametrize("moment", ["created new task", "Storage: ", "epoch 2/"])
-def test_sigterm_stops_the_task_and_names_the_checkpoint(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], moment: str, as_promised: AsPromised
+@row("SIGTERM, SIGHUP", 130, "interrupted", status="stopped", within=10)
+@pytest.mark.parametrize(
+    ("moment", "number", "times"),
+    [
+        ("created new task", signal.SIGTERM, 1),
+        ("created new task", signal.SIGINT, 3),
+        ("Storage: ", signal.SIGTERM, 1),
+        ("epoch 2/", signal.SIGTERM, 1),
+        ("epoch 2/", signal.SIGINT, 1),
+        ("epoch 2/", signal.SIGINT, 3),
+    ],
+)
+def test_a_signal_stops_the_task_and_names_the_checkpoint(
+    bench: Bench, machine: Machine, moment: str, number: signal.Signals, times: int
 ) -> None:
-    run = begin(*few, "--epochs", LONG)
+    run = bench.train("--epochs", LONG)
     run.wait_for(moment)
-    run.signal(signal.SIGTERM)
-    as_promised(run)
+    for press in range(times):
+        time.sleep(0.3 if press else 0)
+        if run.process.poll() is None:
+            run.signal(number)
+    bench.ends(run, code=128 + number)
     if moment == "epoch 2/":
         assert named_checkpoint(run, machine)["epoch"] >= 2
 
 
 @row("SIGTERM, SIGHUP", 143, "terminated", status="stopped", within=10)
-def test_sigterm_during_the_upload(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], tmp_path: Path, as_promised: AsPromised
-) -> None:
+def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     with Rclone(tmp_path / "rclone") as store:
-        machine.configure(online.configuration(), store.clearml_conf())
-        run = begin(*few, "--epochs", 2, "--output-uri", store.uri())
+        machine.configure(bench.server.configuration(), store.clearml_conf())
+        run = bench.train("--epochs", 2, "--output-uri", store.uri())
         run.wait_for("epoch 1/2")
         store.stop()
         with socket.create_server(("127.0.0.1", store.port)) as listener:  # the upload waits for its answer
@@ -381,43 +372,19 @@ def test_sigterm_during_the_upload(
             with upload:
                 assert upload.recv(1)
                 run.signal(signal.SIGTERM)
-                as_promised(run)
+                bench.ends(run)
     assert named_checkpoint(run, machine)["epoch"] == 2
     assert is_whole(machine.outputs("model.pt"))
 
 
-@row("SIGTERM, SIGHUP", 130, "interrupted", status="stopped", within=10)
-@pytest.mark.parametrize(("moment", "times"), [("created new task", 3), ("epoch 2/", 1), ("epoch 2/", 3)])
-def test_ctrl_c_stops_the_task_and_names_the_checkpoint(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    moment: str,
-    times: int,
-    as_promised: AsPromised,
-) -> None:
-    run = begin(*few, "--epochs", LONG)
-    run.wait_for(moment)
-    for press in range(times):
-        time.sleep(0.3 if press else 0)
-        if run.process.poll() is None:
-            run.signal(signal.SIGINT)
-    as_promised(run)
-    if moment == "epoch 2/":
-        assert named_checkpoint(run, machine)["epoch"] >= 2
-
-
 @row("the task is aborted in the web UI", 143, "aborted in the web UI", status="stopped")
-def test_abort_in_the_web_ui_ends_the_training(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], as_promised: AsPromised
-) -> None:
-    run = begin(*few, "--epochs", LONG)
+def test_abort_in_the_web_ui_ends_the_training(bench: Bench, machine: Machine) -> None:
+    run = bench.train("--epochs", LONG)
     run.wait_for("epoch 2/")
-    online.abort(run.task)
+    bench.server.abort(run.task)
     run.since = time.monotonic()
     run.end(within=2 + 10)  # the SDK asks every 2 s; from then on it is SIGTERM
-    as_promised(run)
+    bench.ends(run)
     assert named_checkpoint(run, machine)["epoch"] >= 2
 
 
@@ -431,44 +398,39 @@ def parameters(server: ClearMLServer, task: str) -> dict[str, str]:
 
 @row("the process is killed", 0)
 def test_resume_after_kill_9_is_as_if_nothing_had_happened(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    uninterrupted: Finished,
-    as_promised: AsPromised,
+    bench: Bench, machine: Machine, uninterrupted: Finished
 ) -> None:
-    first = begin(*few, *RECIPE, "--project-name", "a project", "--device", "cpu", "--tags", "red", "blue")
+    first = bench.train(*RECIPE, "--project-name", "a project", "--device", "cpu", "--tags", "red", "blue")
     first.wait_for("epoch 2/6")
     first.signal(signal.SIGKILL)
     first.end()
-    assert statuses(online) == {"in_progress"}
-    before = parameters(online, first.task)
+    assert statuses(bench.server) == {"in_progress"}
+    before = parameters(bench.server, first.task)
     path = machine.outputs("checkpoint.pt").relative_to(machine.home)
 
-    second = begin("--resume")
+    second = bench.begin("--resume")
     second.wait_for("resumed after")
-    during = parameters(online, first.task)
-    second.wait_for("epoch 4/6")
+    during = parameters(bench.server, first.task)
+    second.wait_for("epoch 5/6")
     second.signal(signal.SIGKILL)
     second.end()
-    assert re.search(f"resumed after epoch [23] from {path}", second.stdout)
+    assert re.search(f"resumed after epoch [2-4] from {path}", second.stdout)
 
-    third = begin("--resume", path)
-    as_promised(third)
-    assert list(online.tasks) == [first.task]
-    assert statuses(online) == {"completed"}
+    third = bench.begin("--resume", path)
+    bench.ends(third)
+    assert list(bench.server.tasks) == [first.task]
+    assert statuses(bench.server) == {"completed"}
     assert machine.outputs("model.pt").parent == machine.home / path.parent
     is_the_same_training(machine.outputs("model.pt"), curves_of(machine.home / path), uninterrupted)
-    assert alike(stored_curves(online, first.task), uninterrupted.curves)
+    assert alike(stored_curves(bench.server, first.task), uninterrupted.curves)
     task = machine.read_task(first.task)  # what the web UI shows
     for (title, series), points in uninterrupted.curves.items():
         assert task["scalars"][title][series]["x"] == sorted(points)
     assert len(task["models"]) == 1
-    the_hyperparameters_are_as_they_were(before, during, parameters(online, first.task))
+    the_hyperparameters_are_as_they_were(before, during, parameters(bench.server, first.task))
 
-    clone = online.tasks_clone(first.task)["id"]
-    cloned = begin(*few[:2], "--output-dir", "clone", CLEARML_TASK_ID=clone)
+    clone = bench.server.tasks_clone(first.task)["id"]
+    cloned = bench.begin(*bench.few[:2], "--output-dir", "clone", CLEARML_TASK_ID=clone)
     assert cloned.end() == 0, cloned.everything
     assert "epoch 6/6" in cloned.stdout
 
@@ -520,13 +482,11 @@ def test_resume_without_a_checkpoint_says_so(refused: Refused, tmp_path: Path) -
 
 
 @row("the run for `--resume`", 2)
-def test_what_is_finished_is_not_resumed_and_not_touched(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], as_promised: AsPromised
-) -> None:
+def test_what_is_finished_is_not_resumed_and_not_touched(bench: Bench, machine: Machine) -> None:
     """By the checkpoint, or by the task alone, which somebody may have completed or published."""
-    first = begin(*few, "--epochs", 1)
+    first = bench.train("--epochs", 1)
     assert first.end() == 0, first.everything
-    (model,) = online.models.values()
+    (model,) = bench.server.models.values()
     path = machine.outputs("checkpoint.pt")
     unfinished = path.with_name("unfinished.pt")
     checkpoint.write(read(path) | {"model": ""}, unfinished)
@@ -535,16 +495,16 @@ def test_what_is_finished_is_not_resumed_and_not_touched(
         ("completed", unfinished, f"cannot resume: the task {first.task} is completed"),
         ("published", unfinished, f"cannot resume: the task {first.task} is published"),
     ):
-        online.tasks[first.task]["status"] = status
-        before = deepcopy((online.tasks, online.models))
-        again = begin("--resume", file)
-        as_promised(again)
+        bench.server.tasks[first.task]["status"] = status
+        before = deepcopy((bench.server.tasks, bench.server.models))
+        again = bench.begin("--resume", file)
+        bench.ends(again)
         assert words in again.line
-        assert (online.tasks, online.models) == before
+        assert (bench.server.tasks, bench.server.models) == before
 
 
 def test_a_record_that_the_server_refuses_leaves_no_object(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], monkeypatch: pytest.MonkeyPatch
+    bench: Bench, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After training: one line that says where the model is, and the store has nothing that no record knows."""
 
@@ -554,15 +514,15 @@ def test_a_record_that_the_server_refuses_leaves_no_object(
     store = machine.home / "store"
     with monkeypatch.context() as patch:
         patch.setitem(clearml_server.HANDLERS, "models.create", (refuse, "1.0"))
-        run = begin(*few, "--epochs", 1, "--output-uri", store)
+        run = bench.train("--epochs", 1, "--output-uri", store)
         assert run.end() == 1, run.everything
     model = machine.outputs("model.pt")
     assert f"the model is in {model.relative_to(machine.home)}, but not at file://{store}" in run.line
     assert "the ClearML server refused" in run.line
-    assert statuses(online) == {"failed"}
+    assert statuses(bench.server) == {"failed"}
     assert not [path for path in store.rglob("*") if path.is_file()]
-    go_on(run, begin)
-    (entry,) = online.models.values()
+    go_on(run, bench.begin)
+    (entry,) = bench.server.models.values()
     assert Path(entry["uri"].removeprefix("file://")).read_bytes() == model.read_bytes()
 
 
@@ -599,20 +559,13 @@ def pages(*files: Path) -> int:
 @row("the disk is full", 1, ": No space left on device", status="failed")
 @pytest.mark.parametrize("full_at", ["checkpoint.pt", "model.pt", "mistakes.png"])
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    uninterrupted: Finished,
-    small_disk: Callable[[int], Path],
-    full_at: str,
-    as_promised: AsPromised,
+    bench: Bench, machine: Machine, uninterrupted: Finished, small_disk: Callable[[int], Path], full_at: str
 ) -> None:
     names = ["checkpoint.pt", "model.pt", "mistakes.png"]
     fits = names[: max(1, names.index(full_at))]
     small_disk(pages(*(uninterrupted.folder / name for name in fits)))
-    run = begin(*few, "--epochs", 2 if full_at == "checkpoint.pt" else 1)
-    as_promised(run)
+    run = bench.train("--epochs", 2 if full_at == "checkpoint.pt" else 1)
+    bench.ends(run)
     path = full_at if full_at in ("checkpoint.pt", "model.pt") else ""
     assert re.search(rf"error: cannot write .*outputs/\S*{path}: No space", run.line), run.line
     assert named_checkpoint(run, machine)["epoch"] == 1
@@ -622,16 +575,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
 
 
 @row("the disk is full", 1, "checkpoint.pt", "Read-only file system", status="failed")
-def test_a_disk_that_becomes_read_only(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    small_disk: Callable[[int], Path],
-    as_promised: AsPromised,
-) -> None:
+def test_a_disk_that_becomes_read_only(bench: Bench, machine: Machine, small_disk: Callable[[int], Path]) -> None:
     folder = small_disk(10_000_000)
-    run = begin(*few, "--epochs", LONG)
+    run = bench.train("--epochs", LONG)
     run.wait_for("epoch 1/")
     while True:  # refused while a file is open for writing
         try:
@@ -639,17 +585,17 @@ def test_a_disk_that_becomes_read_only(
             break
         except subprocess.CalledProcessError:
             time.sleep(0.02)
-    as_promised(run)
+    bench.ends(run)
     assert named_checkpoint(run, machine)["epoch"] >= 1
 
 
-def test_an_output_folder_that_cannot_be_made(begin: Begin, machine: Machine, online: ClearMLServer) -> None:
+def test_an_output_folder_that_cannot_be_made(bench: Bench, machine: Machine) -> None:
     (machine.home / "outputs").write_text("a file")
-    run = begin("--dry-run")
+    run = bench.begin("--dry-run")
     assert run.end() == 1, run.everything
     assert "outputs" in run.line
     assert re.search("Not a directory|File exists", run.line)
-    assert statuses(online) == {"failed"}
+    assert statuses(bench.server) == {"failed"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -727,9 +673,9 @@ def test_a_damaged_data_file_is_named(
 
 
 @row("a data file is damaged", 1, "train-images-idx3-ubyte")
-def test_the_run_ends_at_a_damaged_data_file(begin: Begin, raw: Path, as_promised: AsPromised) -> None:
+def test_the_run_ends_at_a_damaged_data_file(bench: Bench, raw: Path) -> None:
     bend(raw / "train-images-idx3-ubyte.gz")
-    as_promised(begin("--dry-run", "--data-dir", raw.parent.parent))
+    bench.ends(bench.begin("--dry-run", "--data-dir", raw.parent.parent))
 
 
 def test_reading_the_data_writes_nothing_and_waits_for_nobody(no_network: Machine, raw: Path) -> None:
@@ -746,14 +692,14 @@ def test_reading_the_data_writes_nothing_and_waits_for_nobody(no_network: Machin
 
 @row("the data folder is empty", 1, "{folder}", ".gz", str(ROOT / "data/MNIST/raw"), within=60)
 def test_without_data_and_mirror_it_says_how_to_get_the_files(
-    begin: Begin, no_network: Machine, tmp_path: Path, as_promised: AsPromised
+    bench: Bench, no_network: Machine, tmp_path: Path
 ) -> None:
     with silent() as host:
-        refused = begin("--dry-run", "--data-dir", tmp_path / "refused")
+        refused = bench.begin("--dry-run", "--data-dir", tmp_path / "refused")
         silence = dict.fromkeys(PROXIES, f"http://{host}")
-        unanswered = begin("--dry-run", "--data-dir", tmp_path / "unanswered", **silence)
-        as_promised(refused, folder=tmp_path / "refused")
-        as_promised(unanswered, folder=tmp_path / "unanswered")
+        unanswered = bench.begin("--dry-run", "--data-dir", tmp_path / "unanswered", **silence)
+        bench.ends(refused, folder=tmp_path / "refused")
+        bench.ends(unanswered, folder=tmp_path / "unanswered")
 
 
 # --- checkpoints from elsewhere ---------------------------------------------------------------------------------------
@@ -820,25 +766,21 @@ def test_a_checkpoint_that_is_none_is_refused_with_the_reason_and_not_executed(
 
 
 @row("the file for `--resume` is damaged", 1, "cannot resume from {path}", "weights_only")
-def test_the_run_ends_at_a_checkpoint_that_is_none(
-    begin: Begin, machine: Machine, online: ClearMLServer, good: checkpoint.State, as_promised: AsPromised
-) -> None:
+def test_the_run_ends_at_a_checkpoint_that_is_none(bench: Bench, machine: Machine, good: checkpoint.State) -> None:
     path = machine.home / "checkpoint.pt"
     save_malice(path, good)
-    run = begin("--resume", path)
-    as_promised(run, path=path)
+    run = bench.begin("--resume", path)
+    bench.ends(run, path=path)
     assert run.stderr.splitlines() == [run.line]
     assert not path.with_name("executed").exists()
-    assert not online.tasks
+    assert not bench.server.tasks
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 @row("the loss becomes NaN", 1, "--lr", status="failed")
-def test_a_loss_that_is_no_number_ends_the_run_in_that_epoch(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], as_promised: AsPromised
-) -> None:
-    run = begin(*few, "--epochs", 100, "--lr", 1000, "--weight-decay", 0.1)  # the weights grow until they overflow
-    as_promised(run)
+def test_a_loss_that_is_no_number_ends_the_run_in_that_epoch(bench: Bench, machine: Machine) -> None:
+    run = bench.train("--epochs", 100, "--lr", 1000, "--weight-decay", 0.1)  # the weights grow until they overflow
+    bench.ends(run)
     found = re.search(r"the loss is (?:nan|inf) in epoch (\d+)", run.line)
     assert found, run.line
     last = int(found[1])
@@ -856,11 +798,11 @@ def test_a_device_that_is_not_there_is_refused(refused: Refused) -> None:
 
 @row("the device is not there", 1, "out of memory", status="failed")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose memory it fills")
-def test_a_gpu_without_memory_ends_in_one_line(begin: Begin, online: ClearMLServer, as_promised: AsPromised) -> None:
+def test_a_gpu_without_memory_ends_in_one_line(bench: Bench) -> None:
     rest = torch.cuda.mem_get_info()[0] - 700 * 2**20  # enough for the context
     filler = torch.empty(rest, dtype=torch.uint8, device="cuda")
-    run = begin("--device", "cuda", "--batch-size", 60_000, "--epochs", 1)
-    as_promised(run)
+    run = bench.begin("--device", "cuda", "--batch-size", 60_000, "--epochs", 1)
+    bench.ends(run)
     del filler
 
 
@@ -890,29 +832,25 @@ for task in sys.argv[1:]:
 @row("a name has slashes", 0)
 @pytest.mark.parametrize("where", NAMES)
 def test_any_name_works_and_one_folder_has_all_of_the_run(
-    begin: Begin,
-    machine: Machine,
-    online: ClearMLServer,
-    few: list[object],
-    tmp_path: Path,
-    where: str,
-    as_promised: AsPromised,
+    bench: Bench, machine: Machine, tmp_path: Path, where: str
 ) -> None:
     with Rclone(tmp_path / "rclone") as rclone:
-        machine.configure(online.configuration(), rclone.clearml_conf())
+        machine.configure(bench.server.configuration(), rclone.clearml_conf())
         uri = {"file server": "", "folder": str(tmp_path / "storage"), "S3": rclone.uri("names")}[where]
         for project, name, _ in NAMES[where]:
-            as_promised(begin(*few, "--dry-run", "--project-name", project, "--task-name", name, "--output-uri", uri))
+            bench.ends(bench.train("--dry-run", "--project-name", project, "--task-name", name, "--output-uri", uri))
         stored = rclone.keys()
         (machine.home / "read.py").write_text(READ)
-        done = machine.run(machine.home / "read.py", *online.tasks)
+        done = machine.run(machine.home / "read.py", *bench.server.tasks)
     assert done.returncode == 0, done.stderr
-    disk = online.files_folder if where == "file server" else tmp_path / "storage"
+    disk = bench.server.files_folder if where == "file server" else tmp_path / "storage"
     stored += map(str, disk.rglob("*.*"))
-    copies = done.stdout.splitlines()[-len(online.tasks) :]
-    for (task, record), copy, (project, name, folders) in zip(online.tasks.items(), copies, NAMES[where], strict=True):
+    copies = done.stdout.splitlines()[-len(bench.server.tasks) :]
+    for (task, record), copy, (project, name, folders) in zip(
+        bench.server.tasks.items(), copies, NAMES[where], strict=True
+    ):
         assert (record["status"], record["name"]) == ("completed", name)
-        assert online.projects[record["project"]]["name"] == project
+        assert bench.server.projects[record["project"]]["name"] == project
         (model,) = machine.home.glob(f"outputs/*{task[-8:]}/model.pt")
         assert Path(copy).read_bytes() == model.read_bytes()
         files = [path for path in stored if task in path and Path(path).suffix in (".pt", ".png", ".csv")]
@@ -930,8 +868,8 @@ def test_a_name_that_clearml_cannot_take_is_refused(refused: Refused, option: st
 
 # --- other programs ---------------------------------------------------------------------------------------------------
 @row("the output is cut", 0)
-def test_a_reader_that_leaves_early_costs_nothing(machine: Machine, online: ClearMLServer, few: list[object]) -> None:
-    script = [sys.executable, ROOT / "pytorch_mnist.py", *few, "--epochs", 2]
+def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
+    script = [sys.executable, ROOT / "pytorch_mnist.py", *bench.few, "--epochs", 2]
     command = f"{shlex.join(map(str, script))} | head -1; echo exit code ${{PIPESTATUS[0]}}"
     shell = ["bash", "-c", command]
     done = subprocess.run(shell, env=machine.environment, cwd=machine.home, capture_output=True, text=True)
@@ -940,17 +878,15 @@ def test_a_reader_that_leaves_early_costs_nothing(machine: Machine, online: Clea
     assert "BrokenPipe" not in done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 2
     assert is_whole(machine.outputs("model.pt"))
-    assert statuses(online) == {"completed"}
+    assert statuses(bench.server) == {"completed"}
 
 
 @row("two runs start at once", 0, status="completed")
-def test_two_runs_at_once_with_the_same_names_are_both_whole(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object], tmp_path: Path, as_promised: AsPromised
-) -> None:
-    both = [begin(*few, "--epochs", 2, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]
+def test_two_runs_at_once_with_the_same_names_are_both_whole(bench: Bench, machine: Machine, tmp_path: Path) -> None:
+    both = [bench.train("--epochs", 2, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]
     for run in both:
-        as_promised(run)
-    models = {model["task"]: model["uri"] for model in online.models.values()}
+        bench.ends(run)
+    models = {model["task"]: model["uri"] for model in bench.server.models.values()}
     assert len(models) == 2
     contents = set()
     for run in both:
@@ -959,7 +895,9 @@ def test_two_runs_at_once_with_the_same_names_are_both_whole(
         content = (machine.home / found[1]).read_bytes()
         assert Path(stored_at(run).removeprefix("file://")).read_bytes() == content
         assert models[run.task] == stored_at(run)
-        assert alike(stored_curves(online, run.task), curves_of((machine.home / found[1]).with_name("checkpoint.pt")))
+        assert alike(
+            stored_curves(bench.server, run.task), curves_of((machine.home / found[1]).with_name("checkpoint.pt"))
+        )
         contents.add(content)
     assert len(contents) == 2
     folders = [path.name for path in machine.home.glob("outputs/*")]
