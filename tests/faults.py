@@ -281,7 +281,7 @@ ELSEWHERE = {
     "the queue of": [
         "test_queue.py::test_a_missing_queue_is_told_with_those_that_exist",
         "test_queue.py::test_what_an_agent_could_not_run_is_refused",
-        "test_queue.py::test_a_queue_without_a_server_or_a_name_is_wrong_use",
+        "test_queue.py::test_a_queue_without_a_name_or_a_server_is_wrong_use",
     ],
     "one of torchrun's processes dies": ["test_ranks.py::test_a_rank_that_is_killed_fails_the_run"],
     "torchrun's processes have other arguments": ["test_ranks.py::test_ranks_with_other_arguments_are_refused"],

@@ -163,7 +163,7 @@ def train(
         (machine.home / ".aws/credentials").write_text(f"[mnist]\n{keys}")
     machine.configure(server.configuration(), conf)
     options = ["--output-uri", uri] if uri else []
-    return machine.run(checkout(tmp_path / "checkout", env), *few, "--dry-run", *options)
+    return machine.run(checkout(tmp_path / "checkout", env), *few, "--dry-run", "--batch-size", 100, *options)
 
 
 def test_without_a_server_the_model_arrives_too(gcs: FakeGCS, machine: Machine, few: list[object]) -> None:
