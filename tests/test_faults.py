@@ -340,9 +340,9 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp
         ("created new task", signal.SIGTERM, 1),
         ("created new task", signal.SIGINT, 3),
         ("Storage: ", signal.SIGTERM, 1),
-        ("epoch 2/", signal.SIGTERM, 1),
-        ("epoch 2/", signal.SIGINT, 1),
-        ("epoch 2/", signal.SIGINT, 3),
+        ("epoch 1/", signal.SIGTERM, 1),
+        ("epoch 1/", signal.SIGINT, 1),
+        ("epoch 1/", signal.SIGINT, 3),
     ],
 )
 def test_a_signal_stops_the_task_and_names_the_checkpoint(
@@ -355,8 +355,8 @@ def test_a_signal_stops_the_task_and_names_the_checkpoint(
         if run.process.poll() is None:
             run.signal(number)
     bench.ends(run, code=128 + number)
-    if moment == "epoch 2/":
-        assert named_checkpoint(run, machine)["epoch"] >= 2
+    if moment == "epoch 1/":
+        assert named_checkpoint(run, machine)["epoch"] >= 1
 
 
 @row("SIGTERM, SIGHUP", 143, "terminated", status="stopped", within=10)
@@ -380,12 +380,12 @@ def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Pat
 @row("the task is aborted in the web UI", 143, "aborted in the web UI", status="stopped")
 def test_abort_in_the_web_ui_ends_the_training(bench: Bench, machine: Machine) -> None:
     run = bench.train("--epochs", LONG)
-    run.wait_for("epoch 2/")
+    run.wait_for("epoch 1/")
     bench.server.abort(run.task)
     run.since = time.monotonic()
     run.end(within=2 + 10)  # the SDK asks every 2 s; from then on it is SIGTERM
     bench.ends(run)
-    assert named_checkpoint(run, machine)["epoch"] >= 2
+    assert named_checkpoint(run, machine)["epoch"] >= 1
 
 
 # --- kill -9 and --resume ---------------------------------------------------------------------------------------------
@@ -696,9 +696,9 @@ def test_without_data_and_mirror_it_says_how_to_get_the_files(
     bench: Bench, no_network: Machine, tmp_path: Path
 ) -> None:
     with silent() as host:
-        refused = bench.begin("--dry-run", "--data-dir", tmp_path / "refused")
+        refused = bench.begin("--offline", "--data-dir", tmp_path / "refused")
         silence = dict.fromkeys(PROXIES, f"http://{host}")
-        unanswered = bench.begin("--dry-run", "--data-dir", tmp_path / "unanswered", **silence)
+        unanswered = bench.begin("--offline", "--data-dir", tmp_path / "unanswered", **silence)
         bench.ends(refused, folder=tmp_path / "refused")
         bench.ends(unanswered, folder=tmp_path / "unanswered")
 
@@ -871,7 +871,7 @@ def test_a_name_that_clearml_cannot_take_is_refused(refused: Refused, option: st
 # --- other programs ---------------------------------------------------------------------------------------------------
 @row("the output is cut", 0)
 def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
-    script = [sys.executable, ROOT / "pytorch_mnist.py", *bench.few, "--epochs", 2]
+    script = [sys.executable, ROOT / "pytorch_mnist.py", *bench.few, "--epochs", 1]
     command = f"{shlex.join(map(str, script))} | head -1; echo exit code ${{PIPESTATUS[0]}}"
     shell = ["bash", "-c", command]
     done = subprocess.run(shell, env=machine.environment, cwd=machine.home, capture_output=True, text=True)
@@ -885,7 +885,7 @@ def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine
 
 @row("two runs start at once", 0, status="completed")
 def test_two_runs_at_once_with_the_same_names_are_both_whole(bench: Bench, machine: Machine, tmp_path: Path) -> None:
-    both = [bench.train("--epochs", 2, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]
+    both = [bench.train("--epochs", 1, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]
     for run in both:
         bench.ends(run)
     models = {model["task"]: model["uri"] for model in bench.server.models.values()}
