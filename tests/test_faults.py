@@ -471,12 +471,6 @@ def test_resume_offline_goes_on_in_a_new_session_that_has_the_whole_run(
     is_the_same_training(machine.outputs("model.pt"), curves, uninterrupted)
 
 
-@row("`--resume` comes with another", 2)
-def test_resume_with_another_training_is_refused(refused: Refused, uninterrupted: Finished) -> None:
-    said = refused("--resume", uninterrupted.folder / "checkpoint.pt", "--epochs", 9)
-    assert "argument --resume: --epochs was 6, and cannot change now" in said
-
-
 @row("the run for `--resume`", 2)
 def test_resume_without_a_checkpoint_says_so(refused: Refused, tmp_path: Path) -> None:
     assert "no checkpoint below" in refused("--resume", "--output-dir", tmp_path)
@@ -717,8 +711,17 @@ class Malice:
 @pytest.fixture
 def good() -> checkpoint.State:
     """What a checkpoint must have."""
+    args = {"project_name": "a project", "task_name": "a name", "epochs": 6, "batch_size": 128, "lr": 0.3}
+    args |= {"momentum": 0.9, "seed": 1}
     net = pytorch_mnist.Net()
-    return {"net": net.state_dict(), "generator": torch.get_rng_state(), "args": {}, "model": ""}
+    return {"net": net.state_dict(), "generator": torch.get_rng_state(), "args": args, "model": ""}
+
+
+@row("`--resume` comes with another", 2)
+def test_resume_with_another_training_is_refused(refused: Refused, good: checkpoint.State, tmp_path: Path) -> None:
+    torch.save(good, tmp_path / "checkpoint.pt")
+    said = refused("--resume", tmp_path / "checkpoint.pt", "--epochs", 9)
+    assert "argument --resume: --epochs was 6, and cannot change now" in said
 
 
 def save_cut(path: Path, state: checkpoint.State) -> None:
