@@ -1,11 +1,13 @@
 """The whole job on a machine without a server: the script as a subprocess, on the real MNIST."""
 
+import argparse
 import hashlib
+import os
 import re
-import shutil
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
@@ -13,6 +15,7 @@ from conftest import ROOT, Machine
 from reading import EPOCH, evaluate, read_session
 from torchvision import datasets
 
+import clearml_client
 import pytorch_mnist
 
 NO_TARGETS = [
@@ -29,47 +32,60 @@ NO_TARGETS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def epoch(module_machine: Machine) -> tuple[Machine, subprocess.CompletedProcess[str]]:
-    """One whole epoch, once for all tests that look at it."""
-    run = module_machine.train("--project-name", "demo-project", "--task-name", "first", "--epochs", 1)
-    assert run.returncode == 0, run.stderr
-    return module_machine, run
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> argparse.Namespace:
+    """What the script makes of these arguments. In this process: it is the start of a process that takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", *map(str, arguments)])
+    return pytorch_mnist.parse_args()[0]
 
 
-def test_an_epoch_learns_and_says_where_everything_went(
-    epoch: tuple[Machine, subprocess.CompletedProcess[str]],
+def train_at_a_terminal(machine: Machine, *arguments: object) -> tuple[str, str]:
+    """What a run printed, and what the terminal saw that its stderr is."""
+    terminal, far_end = os.openpty()
+    process = machine.start("pytorch_mnist.py", *arguments, stderr=far_end)
+    os.close(far_end)
+    seen = b""
+    with suppress(OSError):  # EIO: the last writer has gone
+        while True:
+            seen += os.read(terminal, 4096)
+    os.close(terminal)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, seen.decode()
+    return printed, seen.decode()
+
+
+def test_an_epoch_learns_and_its_session_holds_everything_but_the_progress_bar(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    machine, run = epoch
-    assert run.stdout.startswith("ClearML: offline session, because no server is configured")
-    (line,) = EPOCH.findall(run.stdout)
+    names = ["--project-name", "demo-project", "--task-name", "first"]
+    printed, seen = train_at_a_terminal(machine, *names, "--epochs", 1)
+    assert printed.startswith("ClearML: offline session, because no server is configured")
+    (line,) = EPOCH.findall(printed)
     accuracy = float(line[4])
     assert accuracy >= 98.5
-    assert f"Test accuracy {line[4]}% after 1 epoch" in run.stdout
+    assert f"Test accuracy {line[4]}% after 1 epoch" in printed
     model = machine.outputs("model.pt")
-    assert f"Model: {model.relative_to(machine.home)}" in run.stdout
-    assert f"--import-offline-session {machine.session()}" in run.stdout
+    assert f"Model: {model.relative_to(machine.home)}" in printed
+    assert f"--import-offline-session {machine.session()}" in printed
     assert evaluate(model) == pytest.approx(accuracy, abs=0.005)
+    assert re.search(r"\r *\d+%\|.*/469 \[", seen), seen
 
-
-def test_the_session_holds_arguments_scalars_console_and_model(
-    epoch: tuple[Machine, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    machine, run = epoch
     task, events, console = read_session(machine.session())
     arguments = {name: entry["value"] for name, entry in task["hyperparams"]["Args"].items()}
-    options = set(re.findall(r"^  --([a-z-]+)", machine.run("pytorch_mnist.py", "--help").stdout, re.MULTILINE))
-    local = {"data-dir", "output-dir", "offline", "queue", "resume"}  # they say nothing on another machine
-    assert {name.replace("_", "-") for name in arguments} == options - local
+    local = {"data_dir", "output_dir", "offline", "queue", "resume"}  # they say nothing on another machine
+    assert arguments.keys() == vars(asked(monkeypatch)).keys() - local
     assert arguments["epochs"] == "1"
     assert (arguments["project_name"], arguments["task_name"]) == ("demo-project", "first")
+    has_the_printed_figures(events, line)
+    assert EPOCH.findall(console) == [line]
+    assert not re.search(r"\d%\||\r|\x1b", console)
+    with ZipFile(machine.session()) as session:
+        (name,) = [name for name in session.namelist() if name.endswith("artifacts/model/model.pt")]
+        assert session.read(name) == model.read_bytes()
 
-    (line,) = EPOCH.findall(run.stdout)
-    scalars = {
-        (event["metric"], event["variant"]): event["value"]
-        for event in events
-        if event.get("iter") == 469 and "value" in event
-    }
+
+def has_the_printed_figures(events: list[dict[str, Any]], line: tuple[str, ...]) -> None:
+    last = [event for event in events if event.get("iter") == 469 and "value" in event]
+    scalars = {(event["metric"], event["variant"]): event["value"] for event in last}
     assert scalars["loss", "train"] == pytest.approx(float(line[2]), abs=5e-5)
     assert scalars["loss", "test"] == pytest.approx(float(line[3]), abs=5e-5)
     assert scalars["accuracy", "test"] == pytest.approx(float(line[4]) / 100, abs=5e-5)
@@ -77,72 +93,54 @@ def test_the_session_holds_arguments_scalars_console_and_model(
     for variant in ("train batch", "OneCycleLR"):
         assert [event["iter"] for event in events if event.get("variant") == variant] == [100, 200, 300, 400]
 
-    assert len(EPOCH.findall(console)) == 1
-    assert "\r" not in console
-    assert "\x1b" not in console
 
-    with ZipFile(machine.session()) as session:
-        (name,) = [name for name in session.namelist() if name.endswith("artifacts/model/model.pt")]
-        session.extract(name, tmp_path)
-    assert (tmp_path / name).read_bytes() == machine.outputs("model.pt").read_bytes()
-
-
-def test_help_is_a_page(machine: Machine) -> None:
-    run = machine.run("pytorch_mnist.py", "--help")
-    assert run.returncode == 0
-    for option in ("--project-name", "--output-uri", "CLEARML_OUTPUT_URI", "--dry-run", "(default: 3)"):
-        assert option in run.stdout
-    assert len(run.stdout.splitlines()) <= 60  # a screen and a half
-
-
-def test_env_file_variable_and_option_in_rising_precedence(tmp_path: Path) -> None:
-    """`.env` stands beside the script, so the script gets a folder of its own here."""
-    checkout, home = tmp_path / "checkout", tmp_path / "home"
-    checkout.mkdir()
-    home.mkdir()
-    shutil.copy(ROOT / "pytorch_mnist.py", checkout)
-    shutil.copytree(ROOT / "clearml_client", checkout / "clearml_client")
-    places = {name: tmp_path / name for name in ("file", "variable", "option")}
-    (checkout / ".env").write_text(f"CLEARML_OUTPUT_URI={places['file']}\n")
-    machine = Machine(home, {"PYTHON_DOTENV_DISABLED": "0"})
-
-    def train(*arguments: object, **variables: str) -> set[str]:
-        for place in places.values():
-            shutil.rmtree(place, ignore_errors=True)
-        run = Machine(home, {**machine.variables, **variables}).run(
-            checkout / "pytorch_mnist.py", "--dry-run", "--data-dir", ROOT / "data", *arguments
-        )
-        assert run.returncode == 0, run.stderr
-        return {name for name, place in places.items() if list(place.rglob("model.pt"))}
-
-    assert train() == {"file"}
-    assert train(CLEARML_OUTPUT_URI=str(places["variable"])) == {"variable"}
-    assert train("--output-uri", places["option"], CLEARML_OUTPUT_URI=str(places["variable"])) == {"option"}
-
-
-def test_the_seed_holds(machine: Machine) -> None:
-    def figures(seed: int) -> tuple[str, ...]:
-        run = machine.train("--dry-run", "--seed", seed)
-        assert run.returncode == 0, run.stderr
-        (line,) = EPOCH.findall(run.stdout)
-        return tuple(line[2:4])
-
-    assert figures(7) == figures(7) != figures(8)
-
-
-def test_from_another_folder_a_relative_output_dir_lies_there(machine: Machine) -> None:
-    run = machine.train("--dry-run", "--output-dir", "elsewhere")
+def test_the_seed_decides_and_a_relative_output_dir_lies_where_the_run_began(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's figures are compared with those of trainings in this process."""
+    run = machine.train("--dry-run", "--seed", 7, "--output-dir", "elsewhere")
     assert run.returncode == 0, run.stderr
+    (line,) = EPOCH.findall(run.stdout)
+
+    def figures(seed: int) -> tuple[float, float]:
+        args = asked(monkeypatch, "--dry-run", "--seed", seed, "--data-dir", ROOT / "data")
+        training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
+        (loss,), _, _ = training.epoch()
+        return loss, training.test()[1]
+
+    printed = pytest.approx((float(line[2]), float(line[3])), abs=1e-4)
+    assert figures(7) == printed != figures(8)
     assert len(list(machine.home.glob("elsewhere/*/model.pt"))) == 1
     assert not (machine.home / "data").exists()
 
 
-def test_wrong_arguments_end_before_anything_exists(machine: Machine) -> None:
-    run = machine.train("--epochs", 0)
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("pytorch_mnist.py: error: argument --epochs: ")
-    assert "Traceback" not in run.stderr
+def test_help_is_a_page_and_wrong_arguments_end_before_anything_exists(machine: Machine) -> None:
+    page = machine.run("pytorch_mnist.py", "--help")
+    assert page.returncode == 0
+    for option in ("--project-name", "--output-uri", "CLEARML_OUTPUT_URI", "--dry-run", "(default: 3)"):
+        assert option in page.stdout
+    assert len(page.stdout.splitlines()) <= 60  # a screen and a half
+    wrong = machine.train("--epochs", 0)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("pytorch_mnist.py: error: argument --epochs: ")
+    assert "Traceback" not in wrong.stderr
     assert list(machine.home.iterdir()) == []
+
+
+def test_env_file_variable_and_option_in_rising_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That a run reads the file beside it, and stores there, is in test_configuration.py."""
+    file, variable, option = (tmp_path / name for name in ("file", "variable", "option"))
+    monkeypatch.setattr(clearml_client, "DOTENV", tmp_path / ".env")
+    (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={file}\n")
+
+    def target(*arguments: object, **variables: str) -> str:
+        monkeypatch.setattr(os, "environ", variables)
+        clearml_client.load_dotenv()
+        return str(asked(monkeypatch, *arguments).output_uri)
+
+    assert target() == str(file)
+    assert target(CLEARML_OUTPUT_URI=str(variable)) == str(variable)
+    assert target("--output-uri", option, CLEARML_OUTPUT_URI=str(variable)) == str(option)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +150,8 @@ def test_wrong_arguments_end_before_anything_exists(machine: Machine) -> None:
 def test_wrong_arguments_are_named(
     arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process: it is the start of a process that takes seconds."""
-    monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", *arguments.split()])
     with pytest.raises(SystemExit) as ended:
-        pytorch_mnist.parse_args()
+        asked(monkeypatch, *arguments.split())
     assert ended.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("pytorch_mnist.py: error: ")
