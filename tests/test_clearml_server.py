@@ -6,10 +6,7 @@ That clearml itself works with it, in runs, clones, imports, aborts and outages,
 import base64
 import json
 import re
-import signal
 import socket
-import subprocess
-import sys
 from collections import ChainMap
 from collections.abc import Iterator
 from copy import deepcopy
@@ -227,7 +224,6 @@ SHORT = "Data validation error: name=String value is too short"
 TRANSITION = "Invalid task status (Invalid status change): current_status={}, new_status={}"
 CLOSED = "Invalid task status: expected=created, status=completed"
 ARTIFACT = {"key": "k", "type": "t"}
-SCROLL = {"event_type": "log", "scroll_id": "x"}
 REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("tasks.edit", {"task": NOBODY, "name": "new name"}, 101, f"Invalid task id: id={NOBODY}, company={COMPANY}"),
     ("tasks.edit", {"task": "{completed}", "script": {}}, 110, CLOSED),
@@ -240,8 +236,6 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("tasks.delete", {"task": "{in_progress}"}, 123, "Task cannot be deleted (due to status, use force=True): "),
     ("projects.create", {"name": "a project"}, 801, "Project with the same name already exists: name=a project"),
     ("models.create", {"name": "m", "uri": "s3://b/m"}, 800, SHORT),
-    ("models.delete", {"model": "{model}"}, 206, "Task that created this model exists (and published, use force=True"),
-    ("events.get_task_events", {"task": "{created}", **SCROLL}, 1104, "Invalid scroll id"),
 ]
 
 
@@ -265,16 +259,15 @@ def test_force_overrules_the_state(calls: ClearMLServer, world: dict[str, str]) 
     ("filters", "found"),
     [
         ({"name": "^task 1$"}, "1"),
-        ({"status": ["created"], "type": ["testing"]}, "4"),
+        ({"status": ["created", "failed"], "system_tags": ["archived"]}, "4"),
         ({"status_changed": ["<2026-01-31T00:00:00"]}, "1"),
-        ({"status_changed": [">=2026-01-31T00:00:00", "<=2026-02-01T00:00:00+00:00"]}, "23"),
         ({"order_by": ["-status_changed", "name"]}, "3214"),
         ({"page": 1, "page_size": 3}, "4"),
     ],
 )
 def test_finds_orders_and_pages_tasks(calls: ClearMLServer, filters: dict[str, Any], found: str) -> None:
     for number, day in enumerate(("2026-01-30", "2026-01-31", "2026-02-01", None), 1):
-        task = calls.tasks_create(f"task {number}", "training" if day else "testing")["id"]
+        task = calls.tasks_create(f"task {number}", "training", system_tags=[] if day else ["archived"])["id"]
         if day:
             calls.tasks[task]["status_changed"] = f"{day}T00:00:00.000000+00:00"
     calls.tasks_create("hidden task", "training", system_tags=["hidden"])
@@ -303,8 +296,6 @@ def test_deleting_spares_a_model_that_another_task_uses(calls: ClearMLServer, wo
     assert calls.tasks_delete(task, force=True)["deleted_models"] == 1
     assert unused not in calls.models
     assert "task" not in calls.models_get_by_id(used)["model"]
-    with pytest.raises(ApiError, match="Model is used by tasks"):
-        calls.models_delete(used)
     assert calls.models_delete(used, force=True) == {"deleted": True, "url": "s3://b/used"}
 
 
@@ -320,15 +311,7 @@ def test_deleting_spares_a_model_that_another_task_uses(calls: ClearMLServer, wo
 )
 def test_refuses_without_a_token(client: Client, authorization: str, subcode: int, message: str) -> None:
     client.authorization = authorization
-    assert client.refusal("users.get_current_user") == (401, subcode, message)
-
-
-def test_tokens_expire(server: ClearMLServer, client: Client) -> None:
-    server.expire_tokens()
-    message = "Invalid token (invalid jwt token): reason=Signature has expired"
-    assert client.refusal("users.get_current_user") == (401, 30, message)
-    client.log_in()
-    assert client.refusal("users.get_current_user") == (200, 0, "OK")
+    assert client.refusal("queues.get_all") == (401, subcode, message)
 
 
 def test_closes_the_connection_after_each_answer(server: ClearMLServer) -> None:
@@ -340,11 +323,6 @@ def test_closes_the_connection_after_each_answer(server: ClearMLServer) -> None:
     assert answer.count(b"HTTP/1.") == 1
 
 
-def test_a_parameter_that_is_missing(client: Client) -> None:
-    message = "Validation error (error for field 'task': field is required!)"
-    assert client.refusal("tasks.started") == (400, 12, message)
-
-
 @pytest.mark.parametrize(
     ("path", "data", "unknown"),
     [
@@ -352,6 +330,8 @@ def test_a_parameter_that_is_missing(client: Client) -> None:
         ("/v1.5/events.get_task_log", {"task": NOBODY}, "events.get_task_log: only known from version 2.9 on"),
         ("/v2.23/tasks.get_by_id", {"task": NOBODY, "more": 1}, "tasks.get_by_id: parameters ['more']"),
         ("/v2.23/tasks.get_all", {"started_by": "x"}, "tasks.get_all: filter started_by=x"),
+        ("/v2.23/tasks.get_all", {"status": ["-created"]}, "tasks.get_all: filter status=['-created']"),
+        ("/v2.23/models.delete", {"model": "{model}"}, "models.delete: without force"),
         ("/v2.23/tasks.create", {"name": "abc", "type": "training", "report": ""}, "tasks.create: fields ['report']"),
     ],
 )
@@ -359,7 +339,8 @@ def test_notes_what_it_does_not_know(
     server: ClearMLServer, client: Client, path: str, data: dict[str, Any], unknown: str
 ) -> None:
     server.tasks_create("a task that a filter can be asked of", "training")
-    status, answer = client.send(path, json.dumps(data))
+    model = server.models_create("s3://bucket/m.pt", "a model")["id"]
+    status, answer = client.send(path, json.dumps(data).replace("{model}", model))
     assert (status, answer["meta"]["result_msg"]) == (501, unknown)
     assert server.unknown == [unknown]
     server.unknown.clear()
@@ -382,14 +363,3 @@ def test_the_file_server_refuses_without_a_token_and_notes_what_it_does_not_know
     server.unknown.clear()
     client.authorization = "Bearer x"
     assert client.file("GET", "/a")[0] == 401
-
-
-def test_runs_as_a_program() -> None:
-    command = [sys.executable, str(DATA.parent / "clearml_server.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        urls = re.findall(r'"(http.*)"', "".join(process.stdout.readline() for _ in range(4)))
-        for url, path in zip(urls, ("/debug.ping", "/", "/"), strict=True):
-            assert requests.get(url + path, timeout=60).status_code == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 0

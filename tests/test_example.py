@@ -24,6 +24,7 @@ NO_TARGETS = [
         "s3:/models/x",
         "s3://",
         "s3://127.0.0.1:9000",
+        "S3://127.0.0.1:9000/b",
         "ftp://host/x",
         "http://host/x",
         "/no/such/parent/x",

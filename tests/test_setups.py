@@ -208,15 +208,6 @@ def test_the_line_of_a_bracket_without_its_other_half(tmp_path: Path, text: str,
     assert configuration.bad_bracket(tmp_path / "clearml.conf") == line
 
 
-def test_an_offline_run_goes_without_an_env_file_that_is_not_understood(machine: Machine, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
-    script = shutil.copy(ROOT / "pytorch_mnist.py", tmp_path)
-    (tmp_path / ".env").write_text("CLEARML_OUTPUT_URI: /no/such/folder\n")
-    done = machine.run(script, *SCRIPT[1:], "--offline")
-    assert done.returncode == 0, done.stderr
-    assert f"ClearML: {tmp_path}/.env, line 1: not understood" in done.stdout
-
-
 @pytest.mark.parametrize(("uri", "folder"), [("models", "models"), ("~/tilde", "tilde")])
 def test_a_folder_by_any_name(machine: Machine, uri: str, folder: str) -> None:
     (machine.home / "models").mkdir()
