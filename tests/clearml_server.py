@@ -357,7 +357,7 @@ class ClearMLServer:
             raise ApiError("no_credentials")
         if kind == "Basic":
             keys = request.authorization
-            if keys and (keys.username, keys.password) != (self.access_key, self.secret_key):
+            if not keys or (keys.username, keys.password) != (self.access_key, self.secret_key):
                 raise ApiError("invalid_credentials", "failed to locate provided credentials")
         else:
             try:

@@ -52,6 +52,7 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(clearml_client, "DOTENV", machine.home / ".env")
     monkeypatch.setattr(clearml_client, "dotenv_problem", "")
     monkeypatch.setattr(sdk.config_obj, "_config", None)
+    monkeypatch.setattr(faults, "hidden", dict(faults.hidden))
     return machine
 
 
