@@ -105,7 +105,7 @@ def test_the_seed_decides_and_a_relative_output_dir_lies_where_the_run_began(
 
     def figures(seed: int) -> tuple[float, float]:
         args = asked(monkeypatch, "--dry-run", "--seed", seed, "--data-dir", ROOT / "data")
-        training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE)
+        training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
         (loss,), _, _ = training.epoch()
         return loss, training.test()[1]
 
