@@ -270,10 +270,12 @@ FAULTS: dict[str, Fault] = {
 
 # --- the rows that are shown elsewhere --------------------------------------------------------------------------------
 ELSEWHERE = {
-    "clearml.conf is a folder": ["test_configuration.py::test_a_clearml_conf_that_cannot_be_used_is_named"],
+    "clearml.conf is a folder": [
+        "test_configuration.py::test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it"
+    ],
     "a line of `.env`": [
         "test_configuration.py::test_an_env_file_that_is_not_understood_is_named",
-        "test_setups.py::test_an_offline_run_goes_without_an_env_file_that_is_not_understood",
+        "test_configuration.py::test_a_run_ends_with_that_line_and_offline_it_goes_without",
     ],
     "HOME cannot be written": ["test_configuration.py::test_a_home_that_cannot_be_written_has_a_cure"],
     "something hangs": ["test_package.py::test_a_hang_ends_with_the_stacks_of_all_threads"],
