@@ -150,8 +150,8 @@ class Training:
         )
         steps = self.epochs * self.steps
         self.schedule = OneCycleLR(
-            self.optimizer, args.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
-        )
+            self.optimizer, args.lr, total_steps=steps, pct_start=0.21, cycle_momentum=False
+        )  # 0.2 is a division by zero where a training has five steps
         checkpoint.restore(saved, self.parts())  # with --resume
 
     def parts(self) -> dict[str, object]:

@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -45,6 +45,7 @@ for project in APIClient().projects.get_all(name=f"^{sys.argv[1]}$", only_fields
 SECRETS = (Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret")
 CONFIGURATION = re.compile(r"\.env|.*\.(conf|cfg)|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
 
+FEW = ("--batch-size", 200, "--log-interval", 1)  # an epoch of three batches
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 # What a user's machine may have set, and a test must not see. Without bytecode each start takes seconds longer.
@@ -62,12 +63,31 @@ def find_zygote() -> Zygote:
     return zygote
 
 
+@cache
+def mnist(train: int, test: int) -> Path:
+    """A folder for --data-dir: the first images of both sets, in files like the published ones."""
+    folder = tempfile.TemporaryDirectory(prefix="mnist-")
+    atexit.register(folder.cleanup)
+    raw = Path(folder.name, "MNIST/raw")
+    raw.mkdir(parents=True)
+    for name in MNIST_FILES:
+        content = gzip.decompress((ROOT / f"data/MNIST/raw/{name}.gz").read_bytes())
+        count, head, size = train if "train" in name else test, 16 if "images" in name else 8, 784
+        end = head + count * (size if "images" in name else 1)
+        (raw / f"{name}.gz").write_bytes(gzip.compress(content[:4] + struct.pack(">I", count) + content[8:end]))
+    return Path(folder.name)
+
+
 @dataclass
 class Machine:
-    """A user's machine: a HOME, a folder to work in, and variables. Its scripts are those of the checkout."""
+    """A user's machine: a HOME, a folder to work in, and variables. Its scripts are those of the checkout.
+
+    It trains on a hundredth of MNIST, if on no other `--data-dir`; `whole`, on what the script has by default.
+    """
 
     home: Path
     variables: dict[str, str] = field(default_factory=dict)
+    whole: bool = False
     fresh: ClassVar[bool] = sys.platform != "linux"  # all runs are processes of their own: --fresh
 
     @property
@@ -83,6 +103,9 @@ class Machine:
         `prelude` is a program that is executed before it, in the same process.
         """
         command = [*map(str, ("-m" if script == "-m" else ROOT / script, *arguments))]
+        is_training = "pytorch_mnist.py" in {Path(part).name for part in command}
+        if is_training and "--data-dir" not in command and not self.whole:
+            command += ["--data-dir", str(mnist(600, 200))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "cwd": self.home}
         options = {**pipes, **options, "env": self.environment}
         fresh, prelude = options.pop("fresh", False) or self.fresh, options.pop("prelude", None)
@@ -112,7 +135,7 @@ class Machine:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def train(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-        return Machine(self.home, {**self.variables, **variables}).run("pytorch_mnist.py", *arguments)
+        return replace(self, variables={**self.variables, **variables}).run("pytorch_mnist.py", *arguments)
 
     def configure(self, *parts: str) -> None:
         (self.home / "clearml.conf").write_text("\n".join(parts))
@@ -254,7 +277,7 @@ def begin(machine: Machine) -> Iterator[Begin]:
     runs: list[Run] = []
 
     def start(*arguments: object, script: str | Path = "pytorch_mnist.py", fresh: bool = False, **more: str) -> Run:
-        other = Machine(machine.home, {**machine.variables, **more})
+        other = replace(machine, variables={**machine.variables, **more})
         runs.append(Run(other.start(script, *arguments, start_new_session=True, fresh=fresh)))
         return runs[-1]
 
@@ -301,20 +324,6 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGCS]:
     with FakeGCS(tmp_path_factory.mktemp("gcs")) as store:
         yield store
-
-
-@pytest.fixture(scope="session")
-def few(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options for a training of 3 short epochs' batches each: the first 6,000 and 1,000 images of MNIST."""
-    folder = tmp_path_factory.mktemp("few")
-    (folder / "MNIST/raw").mkdir(parents=True)
-    for name in MNIST_FILES:
-        content = gzip.decompress((ROOT / f"data/MNIST/raw/{name}.gz").read_bytes())
-        count, head, size = 6000 if "train" in name else 1000, 16 if "images" in name else 8, 784
-        end = head + count * (size if "images" in name else 1)
-        small = content[:4] + struct.pack(">I", count) + content[8:end]
-        (folder / "MNIST/raw" / name).write_bytes(small)
-    return ["--data-dir", folder, "--batch-size", 2000, "--log-interval", 1]
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,7 @@ def test_a_run_ends_with_that_line_and_offline_it_goes_without(machine: Machine,
     refused = machine.run(copied, "--dry-run")
     (line,) = refused.stderr.splitlines()
     assert (refused.returncode, f"error: {file}, line 1: not understood" in line) == (1, True), line
-    done = machine.run(copied, "--dry-run", "--data-dir", ROOT / "data", "--offline")
+    done = machine.run(copied, "--dry-run", "--offline")
     assert done.returncode == 0, done.stderr
     assert f"ClearML: {file}, line 1: not understood" in done.stdout
 
@@ -130,7 +130,7 @@ def test_an_env_file_with_a_byte_order_mark_works(machine: Machine, copied: Path
     models = copied.with_name("models")
     copied.with_name(".env").write_text(f"CLEARML_OUTPUT_URI={models}\n", encoding="utf-8-sig")
     machine.variables["PYTHON_DOTENV_DISABLED"] = "0"
-    done = machine.run(copied, "--dry-run", "--data-dir", ROOT / "data")
+    done = machine.run(copied, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert list(models.rglob("model.pt"))
 

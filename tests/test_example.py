@@ -11,7 +11,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from conftest import ROOT, Machine
+from conftest import ROOT, Machine, mnist
 from reading import EPOCH, evaluate, read_session
 from torchvision import datasets
 
@@ -57,6 +57,7 @@ def train_at_a_terminal(machine: Machine, *arguments: object) -> tuple[str, str]
 def test_an_epoch_learns_and_its_session_holds_everything_but_the_progress_bar(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    machine.whole = True
     names = ["--project-name", "demo-project", "--task-name", "first"]
     printed, seen = train_at_a_terminal(machine, *names, "--epochs", 1)
     assert printed.startswith("ClearML: offline session, because no server is configured")
@@ -104,7 +105,7 @@ def test_the_seed_decides_and_a_relative_output_dir_lies_where_the_run_began(
     (line,) = EPOCH.findall(run.stdout)
 
     def figures(seed: int) -> tuple[float, float]:
-        args = asked(monkeypatch, "--dry-run", "--seed", seed, "--data-dir", ROOT / "data")
+        args = asked(monkeypatch, "--dry-run", "--seed", seed, "--data-dir", mnist(600, 200))
         training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
         (loss,), _, _ = training.epoch()
         return loss, training.test()[1]

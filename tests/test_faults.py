@@ -32,7 +32,7 @@ import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
-from conftest import HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, silent
+from conftest import FEW, HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, mnist, silent
 from faults import ELSEWHERE, FAULTS, ROWS, Fault, Promise, Setup, is_there, promise_of, row, table
 from reading import EPOCH, Report, alike, curves_of, evaluate, read, read_session, stored_curves
 from stores import CHECKSUM, FakeGCS, Plug, Rclone, SeaweedFS, Store, free_port
@@ -64,11 +64,10 @@ class Bench:
     machine: Machine
     server: ClearMLServer
     begin: Begin
-    few: list[object]
     test: str
 
     def train(self, *arguments: object, **variables: str) -> Run:
-        return self.begin(*self.few, *arguments, **variables)
+        return self.begin(*FEW, *arguments, **variables)
 
     def ends(self, run: Run, row: str = "", code: int | None = None, **places: object) -> None:
         """Waits for the end, which must be as the test's row of the README has it."""
@@ -79,11 +78,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(
-    machine: Machine, server: ClearMLServer, begin: Begin, few: list[object], request: pytest.FixtureRequest
-) -> Bench:
+def bench(machine: Machine, server: ClearMLServer, begin: Begin, request: pytest.FixtureRequest) -> Bench:
     machine.configure(server.configuration())
-    return Bench(machine, server, begin, few, request.function.__name__)
+    return Bench(machine, server, begin, request.function.__name__)
 
 
 @pytest.fixture
@@ -111,13 +108,13 @@ class Finished(NamedTuple):
         return read(self.folder / "model.pt")
 
 
-RECIPE = ("--epochs", 6, "--lr", 0.1)
+RECIPE = ("--epochs", 12, "--lr", 0.1)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(module_machine: Machine, few: list[object]) -> Finished:
+def uninterrupted(module_machine: Machine) -> Finished:
     """A training that nothing disturbed."""
-    run = module_machine.train(*few, *RECIPE)
+    run = module_machine.train(*FEW, *RECIPE)
     assert run.returncode == 0, run.stdout + run.stderr
     folder = module_machine.outputs("model.pt").parent
     return Finished(folder, curves_of(folder / "checkpoint.pt"))
@@ -247,13 +244,13 @@ def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tm
     lost.start()
     hosts = {"CLEARML_API_HOST": lost.api_url, "CLEARML_FILES_HOST": lost.files_url, "CLEARML_WEB_HOST": lost.web_url}
     elsewhere = ["--output-uri", tmp_path, "--output-dir", "deserted"]
-    deserted = bench.train("--epochs", 3, *elsewhere, **hosts)
-    deserted.wait_for("epoch 1/3")
+    deserted = bench.train("--epochs", 12, *elsewhere, **hosts)
+    deserted.wait_for("epoch 1/12")
     lost.stop()
-    deserted.wait_for("epoch 3/3")
+    deserted.wait_for("epoch 12/12")
     deserted.since = time.monotonic()
-    other = bench.train("--epochs", 6)
-    other.wait_for("epoch 2/6")
+    other = bench.train("--epochs", 12)
+    other.wait_for("epoch 2/12")
     bench.server.stop()
     other.wait_for("waiting for the ClearML server to come back", times=2)
     bench.server.start()
@@ -263,15 +260,15 @@ def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tm
     (model,) = machine.home.glob("deserted/*/model.pt")
     assert str(model.relative_to(machine.home)) in deserted.line
     assert is_whole(model)
-    assert named_checkpoint(deserted, machine)["epoch"] == 3
+    assert named_checkpoint(deserted, machine)["epoch"] == 12
 
 
 def the_server_has_everything(server: ClearMLServer, run: Run, machine: Machine) -> None:
     assert alike(stored_curves(server, run.task), curves_of(machine.outputs("checkpoint.pt")))
     task = machine.read_task(run.task)
     assert task["status"] == "completed"
-    for epoch in range(1, 7):
-        assert task["console"].count(f"epoch {epoch}/6 ") == 1
+    for epoch in range(1, 13):
+        assert task["console"].count(f"epoch {epoch}/12 ") == 1
     assert {"confusion matrix", "per digit"} <= task["plots"].keys()
     assert {"final accuracy", "final loss", "seconds"} <= task["single"].keys()
     assert len(task["samples"]) == 1
@@ -304,7 +301,7 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp
         host = store.host if when == "while training" else plug.host
         uri = f"s3://{host}/{store.bucket}"
         machine.configure(bench.server.configuration(), store.clearml_conf(host=host))
-        run = bench.train("--epochs", 4, "--output-uri", uri)
+        run = bench.train("--epochs", 12, "--output-uri", uri)
         run.wait_for("epoch 1/")
         if when == "while training":
             store.stop()
@@ -315,7 +312,7 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp
         model = machine.outputs("model.pt")
         bench.ends(run, model=model.relative_to(machine.home / "outputs"), uri=uri)
         assert "Could not connect" in run.line
-        assert evaluate(model, 1000) == pytest.approx(float(EPOCH.findall(run.stdout)[-1][4]), abs=0.005)
+        assert evaluate(model, 200) == pytest.approx(float(EPOCH.findall(run.stdout)[-1][4]), abs=0.005)
         task = bench.server.tasks[run.task]
         assert uri in task["status_reason"]
 
@@ -363,8 +360,8 @@ def test_a_signal_stops_the_task_and_names_the_checkpoint(
 def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     with Rclone(tmp_path / "rclone") as store:
         machine.configure(bench.server.configuration(), store.clearml_conf())
-        run = bench.train("--epochs", 4, "--output-uri", store.uri())
-        run.wait_for("epoch 1/4")
+        run = bench.train("--epochs", 12, "--output-uri", store.uri())
+        run.wait_for("epoch 1/12")
         store.stop()
         with socket.create_server(("127.0.0.1", store.port)) as listener:  # the upload waits for its answer
             listener.settimeout(HANGS)
@@ -373,7 +370,7 @@ def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Pat
                 assert upload.recv(1)
                 run.signal(signal.SIGTERM)
                 bench.ends(run)
-    assert named_checkpoint(run, machine)["epoch"] == 4
+    assert named_checkpoint(run, machine)["epoch"] == 12
     assert is_whole(machine.outputs("model.pt"))
 
 
@@ -401,7 +398,7 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(
     bench: Bench, machine: Machine, uninterrupted: Finished
 ) -> None:
     first = bench.train(*RECIPE, "--project-name", "a project", "--device", "cpu", "--tags", "red", "blue")
-    first.wait_for("epoch 2/6")
+    first.wait_for("epoch 2/12")
     first.signal(signal.SIGKILL)
     first.end()
     assert statuses(bench.server) == {"in_progress"}
@@ -411,10 +408,10 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(
     second = bench.begin("--resume")
     second.wait_for("resumed after")
     during = parameters(bench.server, first.task)
-    second.wait_for("epoch 5/6")
+    second.wait_for("epoch 7/12")
     second.signal(signal.SIGKILL)
     second.end()
-    assert re.search(f"resumed after epoch [2-4] from {path}", second.stdout)
+    assert re.search(f"resumed after epoch [2-6] from {path}", second.stdout)
 
     third = bench.begin("--resume", path)
     bench.ends(third)
@@ -431,7 +428,7 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(
 
     clone = bench.server.tasks_clone(first.task)["id"]
     bench.server.tasks[clone]["hyperparams"]["Args"]["epochs"]["value"] = "1"
-    cloned = bench.begin(*bench.few[:2], "--output-dir", "clone", CLEARML_TASK_ID=clone)
+    cloned = bench.begin("--output-dir", "clone", CLEARML_TASK_ID=clone)
     assert cloned.end() == 0, cloned.everything
     assert "epoch 1/1" in cloned.stdout
 
@@ -447,15 +444,15 @@ def is_the_same_training(model: Path, curves: dict[tuple[str, str], dict[int, fl
 def the_hyperparameters_are_as_they_were(before: dict[str, str], during: dict[str, str], after: dict[str, str]) -> None:
     assert before == during == after
     shown = [before[f"Args/{name}"] for name in ("lr", "epochs", "batch_size", "tags")]
-    assert shown == ["0.1", "6", "2000", "['red', 'blue']"]
+    assert shown == ["0.1", "12", "200", "['red', 'blue']"]
     assert not [name for name, value in before.items() if "[" in value and name != "Args/tags"]
 
 
 def test_resume_offline_goes_on_in_a_new_session_that_has_the_whole_run(
-    begin: Begin, machine: Machine, few: list[object], uninterrupted: Finished
+    begin: Begin, machine: Machine, uninterrupted: Finished
 ) -> None:
-    first = begin(*few, *RECIPE)
-    first.wait_for("epoch 3/6")
+    first = begin(*FEW, *RECIPE)
+    first.wait_for("epoch 3/12")
     first.signal(signal.SIGKILL)
     first.end()
     second = begin("--resume")
@@ -874,7 +871,7 @@ def test_a_name_that_clearml_cannot_take_is_refused(refused: Refused, option: st
 # --- other programs ---------------------------------------------------------------------------------------------------
 @row("the output is cut", 0)
 def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
-    script = [sys.executable, ROOT / "pytorch_mnist.py", *bench.few, "--epochs", 1]
+    script = [sys.executable, ROOT / "pytorch_mnist.py", *FEW, "--epochs", 1, "--data-dir", mnist(600, 200)]
     command = f"{shlex.join(map(str, script))} | head -1; echo exit code ${{PIPESTATUS[0]}}"
     shell = ["bash", "-c", command]
     done = subprocess.run(shell, env=machine.environment, cwd=machine.home, capture_output=True, text=True)

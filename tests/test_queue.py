@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import MNIST_FILES, ROOT, Machine, blocks
+from conftest import ROOT, Machine, blocks, mnist
 from reading import stored_curves
 from stores import Rclone
 
@@ -28,7 +28,7 @@ from clearml_client.agent import check_repository
 from clearml_client.faults import RunError
 
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")
-ARGUMENTS = ("--batch-size", 1000, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
+ARGUMENTS = ("--batch-size", 100, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
 Git = Callable[..., str]
 
 
@@ -42,13 +42,10 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory, few: list[object]) -> Path:
-    """A checkout of this repository, with a tenth of MNIST, cloned from a remote and like it."""
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of this repository, with a hundredth of MNIST, cloned from a remote and like it."""
     checkout = tmp_path_factory.mktemp("original") / "checkout"
-    (checkout / "data/MNIST/raw").mkdir(parents=True)
-    for name in MNIST_FILES:
-        small = Path(str(few[1]), "MNIST/raw", name).read_bytes()
-        (checkout / f"data/MNIST/raw/{name}.gz").write_bytes(gzip.compress(small))
+    shutil.copytree(mnist(600, 200), checkout / "data")
     for name in PRODUCT:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)
@@ -181,7 +178,7 @@ def test_what_torchrun_starts_an_agent_starts_so(
     machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
 ) -> None:
     options = ["--standalone", "--nproc-per-node", 2, checkout / "pytorch_mnist.py", "--queue", "default"]
-    run = machine.run(Path(sys.executable).with_name("torchrun"), *options, *ARGUMENTS, fresh=True)
+    run = machine.run(Path(sys.executable).with_name("torchrun"), *options, *ARGUMENTS)
     assert run.returncode == 0, run.stderr
     task = task_of(run)
     shutil.move(checkout, checkout.with_name("moved"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from clearml_server import ClearMLServer, Doc
-from conftest import ROOT, Begin, Machine, Run
+from conftest import FEW, ROOT, Begin, Machine, Run
 from reading import SPEED, stored_curves
 from stores import free_port
 
@@ -43,10 +43,10 @@ def the_task(server: ClearMLServer) -> Doc:
 
 
 @pytest.fixture
-def launched(begin: Begin, online: ClearMLServer, few: list[object]) -> Iterator[Run]:
+def launched(begin: Begin, online: ClearMLServer) -> Iterator[Run]:
     """A long training of two processes by torchrun, in its second epoch."""
     command, *options = TORCHRUN
-    run = begin(*options, ROOT / "pytorch_mnist.py", *few, *LONG, script=command, fresh=True)
+    run = begin(*options, ROOT / "pytorch_mnist.py", *FEW, *LONG, script=command)
     run.wait_for("epoch 1/")
     started = processes(run)
     yield run
@@ -66,14 +66,15 @@ def curves_agree(server: ClearMLServer, some: str, other: str) -> None:
     first, second = stored_curves(server, some), stored_curves(server, other)
     assert first.keys() == second.keys()
     for name in first.keys() - {SPEED}:
-        assert first[name] == pytest.approx(second[name], rel=5e-3, abs=5e-3), name
+        allowed = 0.011 if name == ("accuracy", "test") else 5e-3  # two of 200 images
+        assert first[name] == pytest.approx(second[name], rel=5e-3, abs=allowed), name
     reported = [event for event in server.events[other].values() if event.get("variant") == "train batch"]
     assert len(reported) == len(second["loss", "train batch"])
 
 
-def test_two_processes_train_as_one_does(begin: Begin, online: ClearMLServer, few: list[object]) -> None:
+def test_two_processes_train_as_one_does(begin: Begin, online: ClearMLServer) -> None:
     """Also where the last batch has one image, and so one process none."""
-    options = [*few, *GENTLE, "--batch-size", 5999]
+    options = [*FEW, *GENTLE, "--batch-size", 599]
     alone, *both = [*begin_ranks(begin, 1, *options), *begin_ranks(begin, 2, *options)]
     assert [run.end() for run in (alone, *both)] == [0, 0, 0], both[0].everything
     assert both[1].stdout == ""
@@ -99,10 +100,8 @@ def test_sigterm_to_torchrun_stops_the_task(launched: Run, online: ClearMLServer
     assert (the_task(online)["status"], the_task(online)["status_message"]) == ("stopped", "terminated")
 
 
-def test_a_rank_that_stands_still_does_not_keep_the_task_running(
-    begin: Begin, online: ClearMLServer, few: list[object]
-) -> None:
-    first, second = begin_ranks(begin, 2, *few, *LONG)
+def test_a_rank_that_stands_still_does_not_keep_the_task_running(begin: Begin, online: ClearMLServer) -> None:
+    first, second = begin_ranks(begin, 2, *FEW, *LONG)
     first.wait_for("epoch 1/")
     second.signal(signal.SIGSTOP)
     first.signal(signal.SIGINT)
@@ -111,21 +110,19 @@ def test_a_rank_that_stands_still_does_not_keep_the_task_running(
     assert (the_task(online)["status"], the_task(online)["status_message"]) == ("stopped", "interrupted")
 
 
-def test_a_failure_of_rank_0_ends_the_others(begin: Begin, online: ClearMLServer, few: list[object]) -> None:
+def test_a_failure_of_rank_0_ends_the_others(begin: Begin, online: ClearMLServer) -> None:
     target = f"s3://127.0.0.1:{free_port()}/models"
-    first, second = begin_ranks(begin, 2, *few, "--output-uri", target)
+    first, second = begin_ranks(begin, 2, *FEW, "--output-uri", target)
     assert (first.end(), second.end()) == (1, 1)
     assert f"no storage at {target}" in first.line
     assert f"error: rank 0 (process {first.process.pid}) ended early" in second.line
     assert the_task(online)["status"] == "failed"
 
 
-def test_resume_with_another_number_of_processes(
-    begin: Begin, machine: Machine, online: ClearMLServer, few: list[object]
-) -> None:
+def test_resume_with_another_number_of_processes(begin: Begin, machine: Machine, online: ClearMLServer) -> None:
     """Two, one, two; and the last batch is smaller."""
     before = len(online.tasks)
-    options = [*few, *GENTLE, "--batch-size", 1600, "--epochs", 9]
+    options = [*FEW, *GENTLE, "--batch-size", 160, "--epochs", 9]
     (whole,) = begin_ranks(begin, 1, *options)
     assert whole.end() == 0, whole.everything
     broken = begin_ranks(begin, 2, *options)
@@ -148,17 +145,17 @@ def kill_in_epoch(number: int, runs: list[Run]) -> None:
         run.end()
 
 
-def test_ranks_with_other_arguments_are_refused(begin: Begin, online: ClearMLServer, few: list[object]) -> None:
+def test_ranks_with_other_arguments_are_refused(begin: Begin, online: ClearMLServer) -> None:
     before = len(online.tasks)
-    runs = begin_ranks(begin, 2, *few, own=("--lr", 0.1))
+    runs = begin_ranks(begin, 2, *FEW, own=("--lr", 0.1))
     assert [run.end() for run in runs] == [2, 2]
     for run in runs:
         assert "error: rank 1 has other arguments than rank 0: " in run.line
     assert len(online.tasks) == before
 
 
-def test_a_batch_smaller_than_the_ranks_is_refused(begin: Begin, few: list[object]) -> None:
-    first, *others = begin_ranks(begin, 3, *few, "--batch-size", 2)
+def test_a_batch_smaller_than_the_ranks_is_refused(begin: Begin) -> None:
+    first, *others = begin_ranks(begin, 3, *FEW, "--batch-size", 2)
     assert first.end() == 2
     assert "error: argument --batch-size: 2 images are too few for 3 processes" in first.line
     assert [run.end() for run in others] == [1, 1]

@@ -27,7 +27,7 @@ import clearml_server
 import pytest
 import trustme
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import FEW, ROOT, Machine, mnist
 from flask import request
 from stores import Plug, Rclone, free_port
 from werkzeug.serving import make_server
@@ -36,7 +36,7 @@ import clearml_client
 import pytorch_mnist
 from clearml_client import arguments, configuration, faults, run
 
-SCRIPT = ("pytorch_mnist.py", "--dry-run", "--data-dir", str(ROOT / "data"))
+SCRIPT = ("pytorch_mnist.py", "--dry-run")
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name", "any")
 DOCTOR = ("-m", "clearml_client.doctor")
 SERVER, STORAGE = ((*DOCTOR, "--only", area) for area in ("server", "storage"))
@@ -250,10 +250,10 @@ def wait_for(words: str, process: subprocess.Popen[str]) -> None:
     assert any(words in line for line in process.stdout), process.communicate()
 
 
-def test_the_command_to_go_on_starts_from_anywhere(machine: Machine, few: list[object], tmp_path: Path) -> None:
+def test_the_command_to_go_on_starts_from_anywhere(machine: Machine, tmp_path: Path) -> None:
     """Data and checkpoint were named from the folder in which the run began."""
-    (machine.home / "data").symlink_to(str(few[1]))
-    stopped = machine.start("pytorch_mnist.py", "--data-dir", "data", *few[2:], "--epochs", 1000)
+    (machine.home / "data").symlink_to(mnist(600, 200))
+    stopped = machine.start("pytorch_mnist.py", "--data-dir", "data", *FEW, "--epochs", 1000)
     wait_for("epoch 1/", stopped)
     stopped.terminate()
     found = re.search("to go on: (.*)", stopped.communicate()[1])

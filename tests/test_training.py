@@ -53,6 +53,13 @@ def test_no_step_waits_for_a_value() -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_the_rate_rises_and_falls_in_five_steps_too() -> None:
+    _, rates, _ = training(103).epoch()
+    assert len(rates) == 5
+    assert rates[0] < rates[1] > rates[2] > rates[3] > 1000 * rates[4]
+
+
+@pytest.mark.usefixtures("small")
 def test_the_data_is_one_tensor_and_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # whoever makes one fails
     case = training(128)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clearml_server import ClearMLServer, Request
-from conftest import ROOT, LiveServer, Machine
+from conftest import ROOT, LiveServer, Machine, mnist
 from PIL import Image
 from reading import EPOCH, evaluate
 
@@ -44,13 +44,13 @@ class Shown(NamedTuple):
 
 @pytest.mark.parametrize("kind", ["online", "imported"])
 def test_the_web_ui_shows_what_ran_and_a_clone_trains_as_it_was_changed(
-    kind: str, machine: Machine, server: ClearMLServer | LiveServer, project: str, few: list[object]
+    kind: str, machine: Machine, server: ClearMLServer | LiveServer, project: str
 ) -> None:
     machine.configure(server.configuration())
     names = ["--project-name", project, "--task-name", kind, "--tags", "red", "blue"]
-    options = ["--epochs", 2, "--batch-size", 256, "--log-interval", 10]
+    options = ["--epochs", 2, "--batch-size", 64, "--log-interval", 10, "--data-dir", mnist(1500, 1000)]
     before = len(server.requests) if isinstance(server, ClearMLServer) else 0
-    run = machine.train(*few[:2], *names, *options, *(["--offline"] if kind == "imported" else []))
+    run = machine.train(*names, *options, *(["--offline"] if kind == "imported" else []))
     assert run.returncode == 0, run.stderr
     if isinstance(server, ClearMLServer):
         costs_few_requests(server.requests[before:])
@@ -95,7 +95,7 @@ def imported(machine: Machine, printed: str) -> str:
 
 
 def has_the_hyperparameters(parameters: dict[str, str]) -> None:
-    given = {"Args/epochs": "2", "Args/batch_size": "256", "Args/lr": "0.3"}  # the last by default
+    given = {"Args/epochs": "2", "Args/batch_size": "64", "Args/lr": "0.3"}  # the last by default
     assert given.items() <= parameters.items()
     assert {name for name in parameters if not name.startswith("Args/")} == {"Recipe/shift", "Recipe/nesterov"}
 
