@@ -363,6 +363,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fresh", action="store_true", help="start each run from nothing, not in a fork")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What mostly waits goes first, and so one after the other in one worker, while the others have the cores."""
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
 

@@ -55,6 +55,7 @@ def server(stand_in: ClearMLServer) -> Iterator[ClearMLServer]:
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
+@pytest.mark.waits
 def test_everything_silent_comes_to_an_end(machine: Machine) -> None:
     """As a user sees it: a line each, the first cure at the end, exit code 1."""
     with silent() as quiet:

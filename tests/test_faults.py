@@ -192,7 +192,9 @@ def add_old_task(server: ClearMLServer, target: str) -> str:
     return task
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.waits) if "silent" in name else name for name in FAULTS]
+)
 def test_script_doctor_and_cleanup_name_what_is_wrong(begin: Begin, setup: Setup, name: str) -> None:
     """Nothing is trained, nothing is deleted."""
     fault, server = FAULTS[name], setup.server
@@ -236,6 +238,7 @@ def has_the_cure(report: Report, fault: Fault) -> None:
 
 
 # --- the server dies --------------------------------------------------------------------------------------------------
+@pytest.mark.waits
 @row("the server dies during training and comes back", 0)
 @row("the server dies during training and stays away", 1, "did not reach", within=120)
 def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp_path: Path) -> None:
@@ -682,6 +685,7 @@ def test_reading_the_data_writes_nothing_and_waits_for_nobody(no_network: Machin
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
 
+@pytest.mark.waits
 @row("the data folder is empty", 1, "{folder}", ".gz", str(ROOT / "data/MNIST/raw"), within=60)
 def test_without_data_and_mirror_it_says_how_to_get_the_files(
     bench: Bench, no_network: Machine, tmp_path: Path
