@@ -25,8 +25,8 @@ from uuid import uuid4
 
 import pytest
 from clearml_server import ClearMLServer
-from stores import FakeGCS, Rclone, SeaweedFS, Store
-from zygote import Zygote
+from stores import FakeGCS, Rclone, SeaweedFS, Store, free_port
+from zygote import Server, Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
@@ -57,9 +57,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 @cache
 def find_zygote() -> Zygote:
-    """One for each of pytest's workers, from its first use to its end."""
-    zygote = Zygote(Machine(ROOT).environment)
-    atexit.register(zygote.stop)
+    zygote = Zygote(os.environ["ZYGOTE"], Machine(ROOT).environment)
+    atexit.register(zygote.socket.close)
     return zygote
 
 
@@ -251,6 +250,19 @@ class Run:
 Begin = Callable[..., Run]
 
 
+def begin_ranks(
+    begin: Begin, count: int, *arguments: object, own: tuple[object, ...] = (), **options: Any
+) -> list[Run]:
+    """A run of so many processes, as torchrun starts them; the last one has arguments of its `own`."""
+    port = str(free_port())
+    everyone = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    started = []
+    for rank in map(str, range(count)):
+        more = own if int(rank) == count - 1 else ()
+        started.append(begin(*arguments, *more, **everyone, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **options))
+    return started
+
+
 def blocks(chapter: str, language: str = "python") -> list[str]:
     """The fenced blocks of a chapter of docs/beyond-one-machine.md."""
     chapters = (ROOT / "docs/beyond-one-machine.md").read_text().split("\n## ")
@@ -361,6 +373,14 @@ class LiveServer:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--live", action="store_true", help="use the server in ~/clearml.conf, not the stand-in")
     parser.addoption("--fresh", action="store_true", help="start each run from nothing, not in a fork")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """All workers of pytest-xdist, which are processes of this one, share the one that forks for each run."""
+    if not (hasattr(session.config, "workerinput") or Machine.fresh or session.config.option.collectonly):
+        zygote = Server(Machine(ROOT).environment)
+        os.environ["ZYGOTE"] = zygote.name
+        session.config.add_cleanup(zygote.stop)
 
 
 @pytest.hookimpl(trylast=True)

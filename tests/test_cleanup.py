@@ -391,7 +391,6 @@ def test_files_outside_the_folder_stay(lab: Lab, tmp_path: Path) -> None:
 
 
 # --- stores that say no ---------------------------------------------------------------------------------------------
-@pytest.mark.waits
 def test_what_lies_in_a_store_that_is_down_or_silent_stays_whole(stand_in: ClearMLServer, tmp_path: Path) -> None:
     """Also what these tasks have elsewhere; the others go."""
     with Rclone(tmp_path / "rclone") as rclone, FakeGCS(tmp_path / "gcs") as gcs, silent() as quiet:

@@ -14,7 +14,7 @@ def test_the_model_comes_back_from_wherever_it_was_stored(
 ) -> None:
     """That of the newest run of the name, and of the best run of the project."""
     machine.configure(online.configuration(), rclone.clearml_conf())
-    training = ["--data-dir", mnist(2000, 200), "--batch-size", 25, "--epochs", 1]
+    training = ["--data-dir", mnist(1000, 200), "--batch-size", 25, "--epochs", 1]
     targets = {"in a store": rclone.uri("models"), "on the file server": "", "in a folder": tmp_path / "models"}
     assert machine.train("--task-name", "in a store", "--dry-run", "--lr", 0.001).returncode == 0  # neither
     for name, target in targets.items():

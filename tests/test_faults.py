@@ -193,7 +193,7 @@ def add_old_task(server: ClearMLServer, target: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.waits) if "silent" in name else name for name in FAULTS]
+    "name", [pytest.param(name, marks=pytest.mark.waits) if name == "a silent server" else name for name in FAULTS]
 )
 def test_script_doctor_and_cleanup_name_what_is_wrong(begin: Begin, setup: Setup, name: str) -> None:
     """Nothing is trained, nothing is deleted."""
@@ -685,7 +685,6 @@ def test_reading_the_data_writes_nothing_and_waits_for_nobody(no_network: Machin
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
 
-@pytest.mark.waits
 @row("the data folder is empty", 1, "{folder}", ".gz", str(ROOT / "data/MNIST/raw"), within=60)
 def test_without_data_and_mirror_it_says_how_to_get_the_files(
     bench: Bench, no_network: Machine, tmp_path: Path

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import ROOT, Machine, blocks, mnist
+from conftest import ROOT, Begin, Machine, Run, begin_ranks, blocks, mnist
 from reading import stored_curves
 from stores import Rclone
 
@@ -125,7 +125,7 @@ def queue(machine: Machine, checkout: Path, *arguments: object) -> str:
     return task_of(run)
 
 
-def task_of(run: subprocess.CompletedProcess[str]) -> str:
+def task_of(run: subprocess.CompletedProcess[str] | Run) -> str:
     """It names the page where to look."""
     found = re.search(r"Switching to remote execution, output log page \S+/tasks/(\w+)/", run.stderr + run.stdout)
     assert found, run.stdout + run.stderr
@@ -175,12 +175,11 @@ def test_an_agent_trains_what_was_queued_and_clones_of_it(
 
 
 def test_what_torchrun_starts_an_agent_starts_so(
-    machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+    begin: Begin, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
 ) -> None:
-    options = ["--standalone", "--nproc-per-node", 2, checkout / "pytorch_mnist.py", "--queue", "default"]
-    run = machine.run(Path(sys.executable).with_name("torchrun"), *options, *ARGUMENTS)
-    assert run.returncode == 0, run.stderr
-    task = task_of(run)
+    runs = begin_ranks(begin, 2, "--queue", "default", *ARGUMENTS, script=checkout / "pytorch_mnist.py")
+    assert [run.end() for run in runs] == [0, 0], runs[0].everything
+    task = task_of(runs[0])
     shutil.move(checkout, checkout.with_name("moved"))
     code, output = new_agent().execute(task)
     assert code == 0, output

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from clearml_server import ClearMLServer, Doc
-from conftest import FEW, ROOT, Begin, Machine, Run
+from conftest import FEW, ROOT, Begin, Machine, Run, begin_ranks
 from reading import SPEED, stored_curves
 from stores import free_port
 
@@ -20,17 +20,6 @@ from clearml_client import arguments, ranks
 GENTLE = ["--lr", 0.01]  # at the default rate the few steps of a short training blow up what is rounded differently
 TORCHRUN = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", 2]
 LONG = ["--epochs", 10_000]  # that no test waits for
-
-
-def begin_ranks(begin: Begin, count: int, *arguments: object, own: tuple[object, ...] = ()) -> list[Run]:
-    """A run of so many processes; the last one has arguments of its `own`."""
-    port = str(free_port())
-    everyone = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    started = []
-    for rank in map(str, range(count)):
-        more = own if int(rank) == count - 1 else ()
-        started.append(begin(*arguments, *more, **everyone, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port))
-    return started
 
 
 def lines(run: Run) -> list[str]:

@@ -63,15 +63,29 @@ class Forked(subprocess.Popen[str]):
         self.status.close()
 
 
+class Server:
+    """The process, which all of pytest's workers share. It ends when this one does."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.name = f"zygote-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"\0{self.name}")  # in no file system
+            listener.listen()
+            command = [sys.executable, __file__, str(listener.fileno())]
+            fds = [listener.fileno()]
+            self.process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.PIPE)
+
+    def stop(self) -> None:
+        self.process.communicate()
+
+
 class Zygote:
     """The tests' end."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.socket, theirs = socket.socketpair()
+    def __init__(self, server: str, environment: dict[str, str]) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(f"\0{server}")
         self.lock = threading.Lock()
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
-        theirs.close()
         self.early = {name: value for name, value in environment.items() if name.startswith(EARLY)}
 
     def can_run(self, environment: dict[str, str]) -> bool:
@@ -114,22 +128,27 @@ class Zygote:
         theirs.close()
         return Forked(arguments, int(ours.recv(100)), ours, pipes)
 
-    def stop(self) -> None:
-        self.socket.close()
-        self.process.wait()
-
 
 # --- the other end ----------------------------------------------------------------------------------------------------
-def serve(orders: socket.socket) -> None:
+def serve(listener: socket.socket) -> None:
     """Fork a run for each order, tell the tests its exit code, and end it where they are gone.
 
     Without a thread, of which a fork would have no copy; each run is waited for, so that `time pytest` counts it.
     """
     waiting = selectors.DefaultSelector()
-    waiting.register(orders, selectors.EVENT_READ)
+    waiting.register(0, selectors.EVENT_READ)  # closed when the tests are over
+    waiting.register(listener, selectors.EVENT_READ)
     while True:
         (key, _), *_ = waiting.select()  # one at a time: what it changes may concern the next
-        if key.fileobj is not orders:
+        if key.fileobj == 0:
+            for pid in {other.data[0] for other in waiting.get_map().values() if other.data}:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return
+        if key.fileobj is listener:
+            waiting.register(listener.accept()[0], selectors.EVENT_READ)
+            continue
+        if key.data:
             waiting.unregister(key.fileobj)
             pid, status = key.data
             if not status:
@@ -143,14 +162,15 @@ def serve(orders: socket.socket) -> None:
             status.close()
             os.close(key.fd)
             continue
+        orders = key.fileobj
+        assert isinstance(orders, socket.socket)
         data, fds, _, _ = socket.recv_fds(orders, 65536, 4)
         while data and len(data) < 65536:
             data += orders.recv(65536 - len(data))
         if not data:
-            for pid in {other.data[0] for other in waiting.get_map().values() if other.data}:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            return
+            waiting.unregister(orders)
+            orders.close()
+            continue
         if not (pid := os.fork()):
             run(json.loads(data), fds)
         status = socket.socket(fileno=fds.pop())
