@@ -147,7 +147,6 @@ TO_STORE = ("--output-uri", "$uri")
 Wrong = tuple[Command, str, dict[str, str], str]
 WRONG: list[Wrong] = [
     (SCRIPT, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
-    (CLEANUP, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),
     (SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, f"{MISSING}.*api.verify_certificate"),
     (SCRIPT, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}.*--offline"),
     (CLEANUP, "$unknown", NOBODY, f"{LOST.replace('NAME', 'clearml')}((?!--offline).)*$"),  # it has no such option
@@ -162,7 +161,6 @@ WRONG: list[Wrong] = [
     (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
     ((*SCRIPT, "--offline", *TO_STORE), "sdk.aws: 3", {}, "the SDK cannot use sdk.aws.s3.credentials"),
     ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: ["x"]', {}, "the SDK cannot use sdk.aws.s3.credentials"),
-    ((*STORAGE, *TO_STORE), 'sdk.aws.s3.credentials: "x"', {}, "the SDK cannot use sdk.aws.s3.credentials"),
 ]
 
 
@@ -273,12 +271,10 @@ def test_a_script_from_standard_input_has_no_command_to_go_on(monkeypatch: pytes
     assert ending.saved() == "; saved: outputs/x/checkpoint.pt"
 
 
-@pytest.mark.parametrize("command", [("pytorch_mnist.py", "--resume", "none.pt"), CLEANUP], ids=["script", "clean-up"])
-def test_with_stderr_closed_the_line_is_on_stdout(machine: Machine, command: tuple[str, ...]) -> None:
-    words = [sys.executable, *(part.replace("pytorch", f"{ROOT}/pytorch") for part in command)]
-    environment = {**machine.environment, "PYTHONPATH": str(ROOT)}
-    shell = ["bash", "-c", f"{shlex.join(words)} 2>&-"]
-    done = subprocess.run(shell, cwd=machine.home, env=environment, capture_output=True, text=True)
+def test_with_stderr_closed_the_line_is_on_stdout(machine: Machine) -> None:
+    command = shlex.join([sys.executable, f"{ROOT}/pytorch_mnist.py", "--resume", "none.pt"])
+    shell = ["bash", "-c", f"{command} 2>&-"]
+    done = subprocess.run(shell, cwd=machine.home, env=machine.environment, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stdout.splitlines()
     assert ": error: " in line
