@@ -303,8 +303,9 @@ def addresses_of(tasks: list[Doc], models: dict[str, Doc], linked: dict[str, str
 
 def addresses_in(artifact: Doc) -> set[str]:
     """Its own address, and the `stored` of its metadata: the SDK takes no file:// link as an artifact's own."""
-    stored = dict(artifact.get("display_data") or []).get("stored", "")
-    return {address for address in (artifact.get("uri"), stored) if address}
+    metadata = dict(pair for pair in artifact.get("display_data") or [] if len(pair) == 2)
+    stored = metadata.get("stored", "")
+    return {address for address in (artifact.get("uri"), stored if "://" in stored else "") if address}
 
 
 def reasons_to_stay(
