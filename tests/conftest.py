@@ -377,6 +377,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """All workers of pytest-xdist, which are processes of this one, share the one that forks for each run."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, and under nohup
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if not (hasattr(session.config, "workerinput") or Machine.fresh or session.config.option.collectonly):
         zygote = Server(Machine(ROOT).environment)
         os.environ["ZYGOTE"] = zygote.name
