@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -175,6 +176,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def guarded_main() -> None:
         print_any_letter(line_buffering=True)  # a log file shows each line at once
+        outlive_readers()
         if ranks and ranks.RANK:
             ranks.obey({*SIGNALS})
         else:
@@ -197,6 +199,29 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
             ending.leave(0)
 
     return guarded_main
+
+
+def outlive_readers() -> None:
+    """Where the reader of an output leaves, as `| head -1` does, the rest of it goes nowhere, and the run goes on.
+
+    The SDK forgives what `write` raises, and not what `flush` does for what was not written.
+    """
+
+    def lasting(stream: TextIOWrapper, call: Callable[..., Any]) -> Callable[..., Any]:
+        def lasting_call(*text: str) -> Any:
+            try:
+                return call(*text)
+            except BrokenPipeError:
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+                return sum(map(len, text))
+
+        return lasting_call
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not a notebook's
+            stream.write = lasting(stream, stream.write)  # type: ignore[method-assign]
+            stream.flush = lasting(stream, stream.flush)  # type: ignore[method-assign]
 
 
 def end_early(error: BaseException) -> NoReturn:

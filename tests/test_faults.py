@@ -32,7 +32,7 @@ import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
-from conftest import FEW, HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, mnist, silent
+from conftest import FEW, HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, silent
 from faults import ELSEWHERE, FAULTS, ROWS, Fault, Promise, Setup, is_there, promise_of, row, table
 from reading import EPOCH, Report, alike, curves_of, evaluate, read, read_session, stored_curves
 from stores import CHECKSUM, FakeGCS, Plug, Rclone, SeaweedFS, Store, free_port
@@ -874,14 +874,14 @@ def test_a_name_that_clearml_cannot_take_is_refused(refused: Refused, option: st
 # --- other programs ---------------------------------------------------------------------------------------------------
 @row("the output is cut", 0)
 def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
-    script = [sys.executable, ROOT / "pytorch_mnist.py", *FEW, "--epochs", 1, "--data-dir", mnist(600, 200)]
-    command = f"{shlex.join(map(str, script))} | head -1; echo exit code ${{PIPESTATUS[0]}}"
-    shell = ["bash", "-c", command]
-    done = subprocess.run(shell, env=machine.environment, cwd=machine.home, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "exit code 0", done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "BrokenPipe" not in done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 2
+    process = machine.start("pytorch_mnist.py", *FEW, "--epochs", 1)
+    assert process.stdout
+    assert process.stderr
+    with process.stdout as output:
+        assert output.readline()
+    with process.stderr as errors:
+        said = errors.read()
+    assert (process.wait(), said) == (0, "")
     assert is_whole(machine.outputs("model.pt"))
     assert statuses(bench.server) == {"completed"}
 
