@@ -49,17 +49,8 @@ FEW = ("--batch-size", 200, "--log-interval", 1)  # an epoch of three batches
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 # What a user's machine may have set, and a test must not see. Without bytecode each start takes seconds longer.
-FOREIGN = (
-    "PYTHONDONTWRITEBYTECODE",
-    "PYTHONUNBUFFERED",
-    "CLEARML_",
-    "TRAINS_",
-    "AWS_",
-    "GOOGLE_",
-    "STORAGE_",
-    "AZURE_",
-    "CUDA_",
-)
+FOREIGN: tuple[str, ...] = ("CLEARML_", "TRAINS_", "AWS_", "GOOGLE_", "STORAGE_", "AZURE_", "CUDA_")
+FOREIGN += ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
 
 # Several runs share the cores here: threads that spin while they wait made three of them take 4.6 times as long.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
