@@ -31,16 +31,6 @@ from zygote import Server, Zygote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
 
-REMOVE_PROJECT = """
-import sys
-from clearml import Task
-from clearml.backend_api.session.client import APIClient
-for task in Task.query_tasks(project_name=sys.argv[1]):
-    Task.get_task(task).delete(raise_on_error=True)
-for project in APIClient().projects.get_all(name=f"^{sys.argv[1]}$", only_fields=["id"]):
-    APIClient().projects.delete(project=project.id)
-"""
-
 # Every right key of the tests, and the wrong ones: a typo in a secret is a secret, too.
 SECRETS = (Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret")
 CONFIGURATION = re.compile(r"\.env|.*\.(conf|cfg)|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
@@ -427,6 +417,5 @@ def project(server: ClearMLServer | LiveServer, tmp_path_factory: pytest.TempPat
     if isinstance(server, LiveServer):
         machine = Machine(tmp_path_factory.mktemp("removal"))
         machine.configure(server.configuration())
-        (machine.home / "remove.py").write_text(REMOVE_PROJECT)
-        run = machine.run(machine.home / "remove.py", name)
+        run = machine.run("tests/programs/remove_project.py", name)
         assert run.returncode == 0, run.stderr

@@ -32,18 +32,8 @@ BIN = Path(sys.executable).parent
 
 # Over https boto3 sends a checksum behind the body, which it does not over http. Not every store knows such
 # uploads: rclone answers 411, MissingContentLength. This variable is the way out; the SDK has no setting.
+KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
-
-# The keeper starts the store and ends it when its standard input closes, which the kernel does even where
-# pytest is killed with -9. Portable, and without preexec_fn, which Python 3.12 warns of in threaded programs.
-KEEPER = """
-import os, subprocess, sys, threading
-store = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-threading.Thread(target=lambda: os._exit(store.wait() or 1), daemon=True).start()
-sys.stdin.buffer.read()
-store.kill()
-store.wait()
-"""
 
 
 def free_port() -> int:
@@ -93,10 +83,10 @@ class Store:
         raise NotImplementedError
 
     def start(self) -> Self:
-        keeper = [sys.executable, "-I", "-S", "-c", KEEPER, *self.command(), *self.options]
+        keeper = [sys.executable, "-I", "-S", str(KEEPER), *self.command(), *self.options]
         log = self._log = (self.folder / "log.txt").open("ab")
         self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 self.prepare()

@@ -824,13 +824,6 @@ NAMES: dict[str, list[tuple[str, str, int]]] = {
     "folder": [(*ODD, 1), ("🔢" * 300, "🚀" * 300, 2)],
     "S3": [(*SLASHES, 1), (*ODD, 1)],
 }
-READ = """
-import sys
-from clearml import Task
-for task in sys.argv[1:]:
-    (model,) = Task.get_task(task).models["output"]
-    print(model.get_local_copy(raise_on_error=True))
-"""
 
 
 @row("a name has slashes", 0)
@@ -845,8 +838,7 @@ def test_any_name_works_and_one_folder_has_all_of_the_run(
             names = ["--project-name", project, "--task-name", name]
             bench.ends(bench.train("--dry-run", "--batch-size", 100, *names, "--output-uri", uri))
         stored = rclone.keys()
-        (machine.home / "read.py").write_text(READ)
-        done = machine.run(machine.home / "read.py", *bench.server.tasks)
+        done = machine.run("tests/programs/fetch_models.py", *bench.server.tasks)
     assert done.returncode == 0, done.stderr
     disk = bench.server.files_folder if where == "file server" else tmp_path / "storage"
     stored += map(str, disk.rglob("*.*"))

@@ -53,11 +53,8 @@ def test_keys_are_checked(kind: type[S3Store], changed: dict[str, str], code: st
 
 
 def test_a_store_does_not_outlive_a_killed_test_run(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from stores import Rclone;"
-        "store = Rclone(Path(sys.argv[1])).start(); print(store.port, flush=True); time.sleep(600)"
-    )
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(HERE / "programs/hold_store.py"), str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with run:
         assert run.stdout
         store = Rclone(tmp_path)

@@ -200,22 +200,11 @@ def has_every_line_of_the_console_once(shown: Shown) -> None:
     assert "images/s" in shown.run.stdout
 
 
-CLONE = """
-import sys
-from clearml import Task
-clone = Task.clone(sys.argv[1])
-for name, value in zip(sys.argv[2::2], sys.argv[3::2]):
-    clone.set_parameter(name, value)
-print(clone.id)
-"""
-
-
 def a_clone_trains_as_it_was_changed(shown: Shown) -> None:
     """Run as clearml-agent runs it, see test_queue.py: the task to take its arguments from is in CLEARML_TASK_ID."""
-    machine, program = shown.machine, shown.machine.home / "clone.py"
-    program.write_text(CLONE)
+    machine = shown.machine
     changes = ["Args/epochs", 1, "Args/batch_size", 1000, "Args/dry_run", True, "Recipe/nesterov", False]
-    task_id = machine.run(program, shown.task["id"], *changes).stdout.split()[-1]
+    task_id = machine.run("tests/programs/clone.py", shown.task["id"], *changes).stdout.split()[-1]
     run = machine.train(CLEARML_TASK_ID=task_id)
     assert run.returncode == 0, run.stderr
     assert "epoch 1/1 " in run.stdout
