@@ -484,11 +484,13 @@ def prove(uri: str) -> None:
         try:
             StorageManager.upload_file(str(sent), probe, retries=1)
             arrived = store.same(key, sent)
-        except ValueError as error:
-            raise StorageError(f"{store.name}: the SDK cannot write: {line(error)}", source=store.source) from error
-        finally:
-            with suppress(Exception):
+            store.erase(key)
+        except BaseException as error:
+            with suppress(Exception):  # it may be there, whatever the answer was
                 store._remove(key)
+            if isinstance(error, ValueError):
+                raise StorageError(f"{store.name}: the SDK cannot write: {line(error)}", source=store.source) from error
+            raise
         if not arrived:
             words = (
                 f"{store.name}: what the SDK wrote is not at {probe}: host and bucket must be spelt as in clearml.conf"

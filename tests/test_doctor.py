@@ -373,6 +373,23 @@ def test_a_proof_that_fails_leaves_no_object(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_probe_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the SDK's, which comes second."""
+    own, keys = storage.Folder._remove, list[str]()
+
+    def remove_one(store: storage.Folder, key: str) -> None:
+        keys.append(key)
+        if len(keys) > 1:
+            raise PermissionError("Permission denied")
+        own(store, key)
+
+    monkeypatch.setattr(storage.Folder, "_remove", remove_one)
+    with pytest.raises(RunError, match=r"cannot delete.*access denied"):
+        storage.prove(str(tmp_path))
+    assert len(keys) > 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_proof_that_is_given_up_leaves_no_object(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
