@@ -143,6 +143,13 @@ def test_blanks_and_quotes_around_variables_do_not_count(machine: Machine, stand
     assert "offline session" not in done.stdout
 
 
+def test_an_aws_variable_that_is_empty_counts_as_unset(here: Machine) -> None:
+    """As in a copied `.env`; boto3 would look for a profile without a name."""
+    (here.home / ".env").write_text("AWS_PROFILE=\n")
+    clearml_client.load_dotenv()
+    assert "AWS_PROFILE" not in os.environ
+
+
 def test_a_secret_is_hidden_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", f"{TOKEN}\n")
     monkeypatch.setenv("CLEARML_API_ACCESS_KEY", "AKIA0123456789ABCD")
