@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -54,10 +55,17 @@ def curves_of(path: Path) -> dict[tuple[str, str], dict[int, float]]:
 
 def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:
     """What the server has, point by point."""
+    return curves_in(server.events[task].values())
+
+
+def curves_in(events: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
+    """What the script reported, and not the SDK's monitor; a doubled point is an error."""
     curves: dict[tuple[str, str], dict[int, float]] = {}
-    for event in server.events[task].values():
-        if event["type"] == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
-            curves.setdefault((event["metric"], event["variant"]), {})[event["iter"]] = event["value"]
+    for event in events:
+        if event.get("type") == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
+            points = curves.setdefault((event["metric"], event["variant"]), {})
+            assert event["iter"] not in points
+            points[event["iter"]] = event["value"]
     return curves
 
 

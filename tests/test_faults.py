@@ -34,7 +34,7 @@ import torch
 from clearml_server import ApiError, ClearMLServer
 from conftest import FEW, HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, silent
 from faults import ELSEWHERE, FAULTS, ROWS, Fault, Promise, Setup, is_there, promise_of, row, table
-from reading import EPOCH, Report, alike, curves_of, evaluate, read, read_session, stored_curves
+from reading import EPOCH, Report, alike, curves_in, curves_of, evaluate, read, read_session, stored_curves
 from stores import CHECKSUM, FakeGCS, Plug, Rclone, SeaweedFS, Store, free_port
 
 import pytorch_mnist
@@ -462,13 +462,7 @@ def test_resume_offline_goes_on_in_a_new_session_that_has_the_whole_run(
     assert second.end() == 0, second.everything
     assert "new session" in second.stdout  # which the SDK cannot avoid
     _, events, _ = read_session(machine.home / f".clearml/cache/offline/{second.task}.zip")
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    for event in events:
-        if event.get("type") == "training_stats_scalar" and event["iter"] >= 0 and ":monitor:" not in event["metric"]:
-            points = curves.setdefault((event["metric"], event["variant"]), {})
-            assert event["iter"] not in points
-            points[event["iter"]] = event["value"]
-    is_the_same_training(machine.outputs("model.pt"), curves, uninterrupted)
+    is_the_same_training(machine.outputs("model.pt"), curves_in(events), uninterrupted)
 
 
 @row("the run for `--resume`", 2)
