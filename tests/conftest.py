@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -26,7 +25,7 @@ from uuid import uuid4
 import pytest
 from clearml_server import ClearMLServer
 from stores import FakeGCS, Rclone, SeaweedFS, Store, free_port
-from zygote import Server, Zygote
+from zygote import EARLY, Forked, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
@@ -44,13 +43,6 @@ FOREIGN += ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
 
 # Several runs share the cores here: threads that spin while they wait made three of them take 4.6 times as long.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-@cache
-def find_zygote() -> Zygote:
-    zygote = Zygote(os.environ["ZYGOTE"], Machine(ROOT).environment)
-    atexit.register(zygote.socket.close)
-    return zygote
 
 
 @cache
@@ -88,43 +80,26 @@ class Machine:
         return {**mine, **extra, **self.variables}
 
     def start(self, script: str | Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process.
-
-        `prelude` is a program that is executed before it, in the same process.
-        """
+        """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process."""
         command = [*map(str, ("-m" if script == "-m" else ROOT / script, *arguments))]
         is_training = "pytorch_mnist.py" in {Path(part).name for part in command}
         if is_training and "--data-dir" not in command and not self.whole:
             command += ["--data-dir", str(mnist(600, 200))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "cwd": self.home}
-        options = {**pipes, **options, "env": self.environment}
-        fresh, prelude = options.pop("fresh", False) or self.fresh, options.pop("prelude", None)
-        if not fresh and (zygote := find_zygote()).can_run(self.environment):
-            return zygote.start(command, root=ROOT, prelude=prelude, **options)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        options = {**pipes, "cwd": self.home, "env": self.environment, "encoding": "utf-8", **options}
+        if not self.fresh and early(self.environment) == early(Machine(ROOT).environment):
+            return Forked([sys.executable, *command], **options)
         if script == "-m":
             options["env"] = {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.home}", **self.environment}
-        if prelude:
-            shutil.copy(prelude, self.home / "sitecustomize.py")
-        return subprocess.Popen([sys.executable, *command], text=True, **options)
+        return subprocess.Popen([sys.executable, *command], **options)
 
-    def run(
-        self, script: str | Path, *arguments: object, timeout: float = 300, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        """Run to the end. Output is at hand on the result; a run that hangs is killed and fails the test."""
-        process = self.start(script, *arguments, **options)
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGUSR2)  # a fork of the zygote then shows where each of its threads stands
-            time.sleep(1)
-            process.kill()
-            pytest.fail(f"not at an end after {timeout} s\n{''.join(process.communicate())}")
-        finally:
-            process.kill()
-        assert not [secret for secret in SECRETS if secret in stdout + stderr]
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    def run(self, script: str | Path, *arguments: object, **options: Any) -> "Run":
+        """Run to the end."""
+        run = Run(self.start(script, *arguments, **options))
+        run.end()
+        return run
 
-    def train(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    def train(self, *arguments: object, **variables: str) -> "Run":
         return replace(self, variables={**self.variables, **variables}).run("pytorch_mnist.py", *arguments)
 
     def configure(self, *parts: str) -> None:
@@ -148,6 +123,10 @@ class Machine:
         """The zip of the one offline session."""
         (path,) = self.home.glob(".clearml/cache/offline/*.zip")
         return path
+
+
+def early(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(EARLY)}
 
 
 HANGS = 300  # seconds after which a run is given up; no promise, and no loaded machine needs them
@@ -178,6 +157,10 @@ class Run:
             for line in pipe:
                 self.text[name].append(line)
         self.ended = time.monotonic()  # though the test may wait for another run first
+
+    @property
+    def returncode(self) -> int:
+        return self.process.returncode
 
     @property
     def stdout(self) -> str:
@@ -279,9 +262,9 @@ def begin(machine: Machine) -> Iterator[Begin]:
     """Starts the script; what is still running when the test ends is killed."""
     runs: list[Run] = []
 
-    def start(*arguments: object, script: str | Path = "pytorch_mnist.py", fresh: bool = False, **more: str) -> Run:
+    def start(*arguments: object, script: str | Path = "pytorch_mnist.py", **more: str) -> Run:
         other = replace(machine, variables={**machine.variables, **more})
-        runs.append(Run(other.start(script, *arguments, start_new_session=True, fresh=fresh)))
+        runs.append(Run(other.start(script, *arguments, start_new_session=True)))
         return runs[-1]
 
     yield start
@@ -372,9 +355,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if not (hasattr(session.config, "workerinput") or Machine.fresh or session.config.option.collectonly):
-        zygote = Server(Machine(ROOT).environment)
-        os.environ["ZYGOTE"] = zygote.name
-        session.config.add_cleanup(zygote.stop)
+        session.config.add_cleanup(Server(Machine(ROOT).environment).stop)
 
 
 @pytest.hookimpl(trylast=True)

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine, silent
+from conftest import ROOT, Machine, Run, silent
 from stores import FakeGCS, Rclone, S3Store, SeaweedFS, Store
 
 from clearml_client import cleanup, storage
@@ -27,7 +27,7 @@ from clearml_client import cleanup, storage
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name")
 DELETE = ("--delete", "--yes")
 PROBE = ".cleanup-probe"
-HOOK = ROOT / "tests/programs/hook.py"
+HOOKED = ("tests/programs/hook.py", "--project-name")
 GONE: tuple[list[str], ...] = ([], [], [])
 
 
@@ -55,10 +55,10 @@ class Lab:
     def configure(self, *entries: str) -> None:
         self.machine.configure(self.server.configuration(), f"sdk.aws.s3.credentials: [ {', '.join(entries)} ]")
 
-    def run(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, **variables: str) -> Run:
         machine = Machine(self.machine.home, {**self.machine.variables, **variables})
-        prelude = HOOK if "STEP" in variables else None
-        done = machine.run(*CLEANUP, self.project, *arguments, prelude=prelude)
+        command = HOOKED if "STEP" in variables else CLEANUP
+        done = machine.run(*command, self.project, *arguments)
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         return done
 
@@ -156,7 +156,7 @@ class Lab:
         """Start a run that waits before its step-th change."""
         hook = {"STEP": str(step), "ACTION": "pause"}
         machine = Machine(self.machine.home, {**self.machine.variables, **hook})
-        process = machine.start(*CLEANUP, self.project, *DELETE, prelude=HOOK)
+        process = machine.start(*HOOKED, self.project, *DELETE)
         while not (self.machine.home / "paused").exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)

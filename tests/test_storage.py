@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import ROOT, Machine, Run
 from reading import EPOCH, evaluate
 from stores import CHECKSUM, FakeGCS, Rclone, SeaweedFS, Store
 
@@ -107,7 +106,7 @@ def places(
     return stores | {"folder": folder, "file server": Folder(files, stand_in.files_url)}
 
 
-def model_url(run: subprocess.CompletedProcess[str]) -> str:
+def model_url(run: Run) -> str:
     """The address that the run prints."""
     return str(re.findall(r"^Stored: (.*)$", run.stdout, re.MULTILINE)[0])
 
@@ -145,9 +144,7 @@ def test_the_model_arrives(
     assert Store.secret_key not in received
 
 
-def train(
-    target: Target, place: Store | Folder, machine: Machine, server: ClearMLServer, tmp_path: Path
-) -> subprocess.CompletedProcess[str]:
+def train(target: Target, place: Store | Folder, machine: Machine, server: ClearMLServer, tmp_path: Path) -> Run:
     """A short run on a machine that is set up as README or .env.default say."""
     machine.variables = {"PYTHON_DOTENV_DISABLED": "0", **target.variables}
     conf, env, uri = target.conf, target.env.replace("/mnt/models", f"{tmp_path}/models"), target.uri

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clearml_server import ClearMLServer, Request
-from conftest import ROOT, LiveServer, Machine, mnist
+from conftest import ROOT, LiveServer, Machine, Run, mnist
 from PIL import Image
 from reading import EPOCH, evaluate
 
@@ -26,7 +26,7 @@ class Shown(NamedTuple):
     """A run, and what a server has of it. Its test set is the first 1,000 images."""
 
     machine: Machine
-    run: subprocess.CompletedProcess[str]
+    run: Run
     task: dict[str, Any]
 
     @property

@@ -8,6 +8,7 @@ import atexit
 import faulthandler
 import gc
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -20,7 +21,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 HEAVY = (
     *("torch", "torchvision.datasets", "numpy", "PIL.ImageFont", "PIL.PngImagePlugin", "tqdm", "dotenv", "boto3"),
@@ -32,44 +33,13 @@ HEAVY = (
 EARLY = ("OMP_", "GOMP_", "MKL_", "KMP_", "PYTHONPATH", "PYTHONHASHSEED", "CUDA_", "LD_", "TORCH_")
 
 
-class Forked(subprocess.Popen[str]):
-    """What the tests have of a forked run: a Popen whose process is another one's child."""
-
-    def __init__(self, args: list[str], pid: int, status: socket.socket, pipes: list[IO[str] | None]) -> None:
-        self.args, self.pid, self.status = args, pid, status
-        self.stdin, self.stdout, self.stderr = pipes
-        self.returncode: int | None = None
-        self.text_mode, self.encoding, self.errors = True, "utf-8", None
-        self._child_created, self._communication_started, self._input = True, False, None
-        self._sigint_wait_secs = 0.25
-
-    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
-        return self._await(0)
-
-    def _wait(self, timeout: float | None) -> int:
-        if self._await(timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return self.returncode  # type: ignore[return-value]
-
-    def _await(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            self.status.settimeout(timeout if timeout is None or timeout > 0 else 0)
-            with suppress(TimeoutError, BlockingIOError):
-                self.returncode = int(self.status.recv(100) or b"-9")
-                self.status.close()
-        return self.returncode
-
-    def __del__(self, *_: Any) -> None:
-        self.status.close()
-
-
 class Server:
     """The process, which all of pytest's workers share. It ends when this one does."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.name = f"zygote-{os.getpid()}"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(f"\0{self.name}")  # in no file system
+        os.environ["ZYGOTE"] = f"zygote-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind("\0" + os.environ["ZYGOTE"])  # in no file system
             listener.listen()
             command = [sys.executable, __file__, str(listener.fileno())]
             fds = [listener.fileno()]
@@ -79,113 +49,87 @@ class Server:
         self.process.communicate()
 
 
-class Zygote:
-    """The tests' end."""
+class Forked(subprocess.Popen[str]):
+    """A run in a fork. For the tests it is a Popen like any other, though its process is another one's child."""
 
-    def __init__(self, server: str, environment: dict[str, str]) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(f"\0{server}")
-        self.lock = threading.Lock()
-        self.early = {name: value for name, value in environment.items() if name.startswith(EARLY)}
+    def _execute_child(self, *given: Any) -> None:
+        asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *given).arguments  # type: ignore[attr-defined]
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connection.connect("\0" + os.environ["ZYGOTE"])
+        order = {"arguments": asked["args"][1:], "env": asked["env"], "cwd": str(asked["cwd"])}
+        order["session"] = asked["start_new_session"]
+        pipes = {name: asked[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")}
+        streams = [pipes[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        inherited = [number if stream == -1 else stream for number, stream in enumerate(streams)]
+        socket.send_fds(self.connection, [json.dumps(order).encode()], inherited)
+        self._close_pipe_fds(**pipes)  # type: ignore[attr-defined]
+        self.pid = int(self.connection.recv(100))
 
-    def can_run(self, environment: dict[str, str]) -> bool:
-        return self.early == {name: value for name, value in environment.items() if name.startswith(EARLY)}
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        return self._await(0)
 
-    def start(
-        self,
-        arguments: list[str],
-        env: dict[str, str],
-        cwd: Path,
-        root: Path,
-        prelude: Path | None = None,
-        start_new_session: bool = False,
-        **streams: Any,
-    ) -> Forked:
-        """Run a script, or a module after "-m" from the folder `root`. `prelude` is executed before it."""
-        ours, theirs = socket.socketpair()
-        pipes: list[IO[str] | None] = [None, None, None]
-        ends = []
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            wanted = streams.get(name)
-            if wanted == subprocess.PIPE:
-                read, write = os.pipe()
-                ends.append(write if number else read)
-                pipes[number] = os.fdopen(read if number else write, "r" if number else "w", encoding="utf-8")
-            elif wanted == subprocess.DEVNULL:
-                ends.append(os.open(os.devnull, os.O_RDWR))
-            else:
-                ends.append(
-                    os.dup(number if wanted is None else wanted if isinstance(wanted, int) else wanted.fileno())
-                )
-        order = {"arguments": arguments, "env": env, "cwd": str(cwd), "root": str(root), "session": start_new_session}
-        order["prelude"] = str(prelude or "")
-        message = json.dumps(order).encode().ljust(65536)
-        with self.lock:  # a test may start several runs at once, and a long message goes in parts
-            sent = socket.send_fds(self.socket, [message], [*ends, theirs.fileno()])
-            self.socket.sendall(message[sent:])
-        for end in ends:
-            os.close(end)
-        theirs.close()
-        return Forked(arguments, int(ours.recv(100)), ours, pipes)
+    def _wait(self, timeout: float | None) -> int:
+        if self._await(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def _await(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            self.connection.settimeout(timeout if timeout is None or timeout > 0 else 0)
+            with suppress(TimeoutError, BlockingIOError):
+                self.returncode = int(self.connection.recv(100) or b"-9")
+                self.connection.close()
+        return self.returncode
+
+    def __del__(self, *_: Any) -> None:
+        self.connection.close()
 
 
 # --- the other end ----------------------------------------------------------------------------------------------------
 def serve(listener: socket.socket) -> None:
-    """Fork a run for each order, tell the tests its exit code, and end it where they are gone.
+    """Fork a run for each connection, tell it the exit code, and end the run where the test has gone.
 
     Without a thread, of which a fork would have no copy; each run is waited for, so that `time pytest` counts it.
     """
     waiting = selectors.DefaultSelector()
     waiting.register(0, selectors.EVENT_READ)  # closed when the tests are over
     waiting.register(listener, selectors.EVENT_READ)
+    runs: dict[int, socket.socket] = {}
     while True:
         (key, _), *_ = waiting.select()  # one at a time: what it changes may concern the next
         if key.fileobj == 0:
-            for pid in {other.data[0] for other in waiting.get_map().values() if other.data}:
+            for pid in runs:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             return
         if key.fileobj is listener:
-            waiting.register(listener.accept()[0], selectors.EVENT_READ)
-            continue
-        if key.data:
+            connection, _ = listener.accept()
+            order, streams, _, _ = socket.recv_fds(connection, 1_000_000, 3)
+            if not (pid := os.fork()):
+                run(json.loads(order), streams)
+            for stream in streams:
+                os.close(stream)
+            connection.send(str(pid).encode())
+            runs[pid] = connection
+            waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+            waiting.register(connection, selectors.EVENT_READ, pid)  # the test says no more: it was closed
+        elif key.fileobj in runs.values():
             waiting.unregister(key.fileobj)
-            pid, status = key.data
-            if not status:
-                os.kill(pid, signal.SIGKILL)
-                continue
-            _, code = os.waitpid(pid, 0)
-            with suppress(OSError):
-                status.send(str(os.waitstatus_to_exitcode(code)).encode())
-            with suppress(KeyError):
-                waiting.unregister(status)
-            status.close()
+            os.kill(key.data, signal.SIGKILL)
+        else:
+            waiting.unregister(key.fileobj)
             os.close(key.fd)
-            continue
-        orders = key.fileobj
-        assert isinstance(orders, socket.socket)
-        data, fds, _, _ = socket.recv_fds(orders, 65536, 4)
-        while data and len(data) < 65536:
-            data += orders.recv(65536 - len(data))
-        if not data:
-            waiting.unregister(orders)
-            orders.close()
-            continue
-        if not (pid := os.fork()):
-            run(json.loads(data), fds)
-        status = socket.socket(fileno=fds.pop())
-        for fd in fds:
-            os.close(fd)
-        status.send(str(pid).encode())
-        waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, status))
-        waiting.register(status, selectors.EVENT_READ, (pid, None))  # nobody writes there: it was closed
+            _, status = os.waitpid(key.data, 0)
+            with runs.pop(key.data) as connection, suppress(KeyError, OSError):
+                waiting.unregister(connection)
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def run(order: dict[str, Any], fds: list[int]) -> NoReturn:
+def run(order: dict[str, Any], streams: list[int]) -> NoReturn:
     if order["session"]:
         os.setsid()
-    for number, fd in enumerate(fds[:3]):
-        os.dup2(fd, number)
+    for number, end in enumerate(streams):
+        os.dup2(end, number)
     os.closerange(3, 200)
     os.chdir(order["cwd"])
     os.environ.clear()
@@ -199,12 +143,10 @@ def run(order: dict[str, Any], fds: list[int]) -> NoReturn:
     sys.__dict__.update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     code = 1
     try:
-        if order["prelude"]:
-            exec(Path(order["prelude"]).read_text(), {})
         arguments = order["arguments"]
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
-            sys.path[0] = order["root"]
+            sys.path[0] = str(Path(__file__).parents[1])
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments

@@ -1,13 +1,15 @@
-"""Executed before the clean-up, in its process: at the STEP-th change of anything, just before it happens, the process
-kills itself, or waits until the test has broken something. Everything between two changes leaves the same state.
+"""The clean-up, spoilt: at its STEP-th change of anything, just before it happens, the process kills itself (ACTION),
+or waits until the test has broken something. Everything between two changes leaves the same state.
 """
 
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 step, action = int(os.environ.get("STEP", 0)), os.environ.get("ACTION")
@@ -34,3 +36,5 @@ def hook(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(hook)
+sys.path[0] = str(Path(__file__).parents[2])
+runpy.run_module("clearml_client.cleanup", run_name="__main__", alter_sys=True)
