@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, Run, silent
-from stores import S3Store, SeaweedFS, Store, free_port
+from stores import S3Store, SeaweedFS, Store
 
 Test = TypeVar("Test", bound=Callable[..., object])
 
@@ -79,61 +79,61 @@ class Setup:
     target: str = ""  # --output-uri
     places: dict[str, str] = field(default_factory=dict)  # what {url} and the like in the words stand for
 
-    def at(self, url: str) -> None:
-        """The configuration has another address of the API server."""
-        self.places["url"] = url
-        self.machine.configure(self.server.configuration().replace(self.server.api_url, url))
-
-    def with_file(self, name: str, *changes: tuple[str, str], **variables: str) -> None:
-        """The good configuration under this name, changed."""
-        text = self.server.configuration()
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        (self.machine.home / name).write_text(text)
-        self.machine.variables |= variables
-
-    def with_store(self, name: str, path: str = "", **entry: object) -> None:
-        """The run is to store something there, by an entry that is changed."""
-        store = self.stores[name]
-        self.target = path.format(host=store.host) or store.uri("faults")
-        if isinstance(store, S3Store):
-            self.machine.configure(self.server.configuration(), store.clearml_conf(**entry))
-        else:
-            self.machine.configure(self.server.configuration())
-            self.machine.variables |= store.environment()
-
-    def with_store_at(self, host: str) -> None:
-        self.with_store("rclone", f"s3://{host}/models", host=host)
-
 
 Provoke = Callable[[Setup], None]
 
 
-def server_at(url: str = "") -> Provoke:
-    """The address of the API server is another, or one where nobody listens."""
-    return lambda setup: setup.at(url or f"http://127.0.0.1:{free_port()}")
+def server_at(url: str) -> Provoke:
+    """The address of the API server is another."""
 
+    def provoke(setup: Setup) -> None:
+        setup.places["url"] = url.format(web=setup.server.web_url)
+        text = setup.server.configuration().replace(setup.server.api_url, setup.places["url"])
+        setup.machine.configure(text)
 
-def file(name: str, *changes: tuple[str, str], **variables: str) -> Provoke:
-    return lambda setup: setup.with_file(name, *changes, **variables)
-
-
-def store(name: str, path: str = "", **entry: object) -> Provoke:
-    return lambda setup: setup.with_store(name, path, **entry)
-
-
-def store_at(host: str = "") -> Provoke:
-    """An S3 store at another address, or one where nobody listens."""
-    return lambda setup: setup.with_store_at(host or f"127.0.0.1:{free_port()}")
+    return provoke
 
 
 def silent_server(setup: Setup) -> None:
-    setup.at(f"http://{setup.held.enter_context(silent())}")
+    server_at(f"http://{setup.held.enter_context(silent())}")(setup)
+
+
+def file(name: str, *changes: tuple[str, str], **variables: str) -> Provoke:
+    """The good configuration under this name, changed."""
+
+    def provoke(setup: Setup) -> None:
+        text = setup.server.configuration()
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (setup.machine.home / name).write_text(text)
+        setup.machine.variables |= variables
+
+    return provoke
+
+
+def store(name: str, path: str = "", **entry: object) -> Provoke:
+    """The run is to store something there, by an entry of clearml.conf that is changed."""
+
+    def provoke(setup: Setup) -> None:
+        place = setup.stores[name]
+        setup.target = path.format(host=place.host) or place.uri("faults")
+        if isinstance(place, S3Store):
+            setup.machine.configure(setup.server.configuration(), place.clearml_conf(**entry))
+        else:
+            setup.machine.configure(setup.server.configuration())
+            setup.machine.variables |= place.environment()
+
+    return provoke
+
+
+def store_at(host: str) -> Provoke:
+    """An S3 store is at another address."""
+    return store("rclone", f"s3://{host}/models", host=host)
 
 
 def silent_store(setup: Setup) -> None:
-    setup.with_store_at(setup.held.enter_context(silent()))
+    store_at(setup.held.enter_context(silent()))(setup)
 
 
 # --- the faults -------------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ MISSING = ("bucket", "nonesuch: no such bucket", "make the bucket, or correct it
 WAIT = "check host, port and firewall"
 
 FAULTS: dict[str, Fault] = {
-    "nobody listens": no_answer(server_at(), "address", "refused", "correct the port"),
+    "nobody listens": no_answer(server_at("http://127.0.0.1:1"), "address", "refused", "correct the port"),
     "no such name": no_answer(server_at("http://clearml.invalid:8008"), "address", "name not res", "correct the host"),
     "a silent server": no_answer(silent_server, "API", "time-out", WAIT, within=30),
     "the web UI": Fault(
         row="something else answers at its address",
         words=("no ClearML API server at {url}", "the web UI answers there", "clearml_client.doctor"),
-        provoke=lambda setup: setup.at(setup.server.web_url),
+        provoke=server_at("{web}"),
         others=Others("server: API", "the web UI", "port 8008", "error: no ClearML API server at {url}"),
     ),
     "a wrong key in the file": wrong_key(
@@ -260,7 +260,7 @@ FAULTS: dict[str, Fault] = {
         store("tls", verify=None), "CERTIFICATE_VERIFY_FAILED", "bucket", "certificate not trusted", "/path/ca.pem"
     ),
     "a closed port": no_storage(
-        store_at(), "Could not connect", "endpoint", "refused", "start the server", "left .*no answer"
+        store_at("127.0.0.1:1"), "Could not connect", "endpoint", "refused", "start the server", "left .*no answer"
     ),
     "a name of nobody's": no_storage(
         store_at("no-such-host.invalid:9000"), "Could not connect", "endpoint", "name not resolved", "correct the host"
@@ -281,7 +281,7 @@ ELSEWHERE = {
     "something hangs": ["test_package.py::test_a_hang_ends_with_the_stacks_of_all_threads"],
     "SIGTERM, SIGHUP, SIGUSR1": ["test_package.py::test_copied_it_ends_truthfully"],
     "the queue of": [
-        "test_queue.py::test_a_missing_queue_is_told_with_those_that_exist",
+        "test_queue.py::test_what_is_refused_leaves_no_task",
         "test_queue.py::test_what_an_agent_could_not_run_is_refused",
         "test_queue.py::test_a_queue_without_a_name_or_a_server_is_wrong_use",
     ],

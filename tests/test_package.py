@@ -1,7 +1,6 @@
 """The package beside the example: copied, it works; its imports go one way; what it holds of every run."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -161,42 +160,3 @@ def test_the_users_own_settings_win(copied: Path, machine: Machine) -> None:
     assert "[10, False, None, 240]" in done.stdout, done.stdout + done.stderr
     machine.configure("api.http.retries { backoff_max: 77, total: 100 }", "sdk.aws.boto3.read_timeout: 300")
     assert "[77, False, 300, 100]" in machine.run(copied, "", code).stdout
-
-
-def test_uv_lock_is_not_among_the_uncommitted_changes(
-    machine: Machine, stand_in: ClearMLServer, tmp_path: Path
-) -> None:
-    """uv completes the committed pins in the checkout, here by more than the SDK stores of all changes together.
-
-    The user's own change is stored, and git can apply it.
-    """
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for name in ("pytorch_mnist.py", "uv.lock", ".gitattributes"):
-        shutil.copy(ROOT / name, checkout)
-    shutil.copytree(PACKAGE, checkout / "clearml_client", ignore=shutil.ignore_patterns("__pycache__"))
-
-    def git(*arguments: object, **options: object) -> str:
-        command = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com", *map(str, arguments)]
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True, **options)  # type: ignore[call-overload]
-        return str(done.stdout)
-
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "as cloned")
-    with open(checkout / "uv.lock", "a") as lock:
-        lock.write("# what uv adds\n" * 600_000)
-    with open(checkout / "pytorch_mnist.py", "a") as script:
-        script.write("# my own change\n")
-    machine.configure(stand_in.configuration())
-    run = machine.run(checkout / "pytorch_mnist.py", "--dry-run", "--data-dir", ROOT / "data")
-    assert run.returncode == 0, run.stderr
-    task = re.search(r"created new task id=(\w+)", run.stdout)
-    assert task
-    diff = stand_in.tasks[task[1]]["script"]["diff"]
-    assert "+# my own change" in diff
-    assert "what uv adds" not in diff
-    git("stash")
-    git("apply", "-", input=diff if diff.endswith("\n") else diff + "\n")
-    assert (checkout / "pytorch_mnist.py").read_text().endswith("# my own change\n")
-    assert (checkout / "uv.lock").read_text() == (ROOT / "uv.lock").read_text()

@@ -4,18 +4,17 @@ The agent is in an environment of its own, as it is at its users'. It runs the s
 installs nothing: an installation would be three gigabytes.
 """
 
-import gzip
 import importlib
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clearml_server import ClearMLServer, Doc
@@ -27,9 +26,9 @@ import pytorch_mnist
 from clearml_client.agent import check_repository
 from clearml_client.faults import RunError
 
+NOT_PUSHED = "git commit --quiet --allow-empty --message 'of today'"
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")
 ARGUMENTS = ("--batch-size", 100, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
-Git = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -49,23 +48,18 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PRODUCT:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)
-    remote = checkout.with_name("remote.git")
-    git = git_in(checkout)
-    git("init", "--quiet", "--initial-branch", "main")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "as cloned")
-    git("clone", "--quiet", "--bare", checkout, remote)
-    git("remote", "add", "origin", remote.as_uri())
-    git("fetch", "--quiet")
+    shell(
+        checkout,
+        "git init --quiet --initial-branch main && git config user.name me && git config user.email me@example.com",
+        "git add . && git commit --quiet --message 'as cloned' && git clone --quiet --bare . ../remote.git",
+        f"git remote add origin {checkout.parent.as_uri()}/remote.git && git fetch --quiet",
+    )
     return checkout
 
 
-def git_in(folder: Path) -> Git:
-    def run(*arguments: object) -> str:
-        command = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com", *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    return run
+def shell(folder: Path, *commands: str) -> None:
+    for command in commands:
+        subprocess.run(command, shell=True, cwd=folder, check=True)
 
 
 @pytest.fixture
@@ -73,45 +67,33 @@ def checkout(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "checkout"))
 
 
-class Agent:
-    """A machine with an agent, and without the checkout."""
-
-    def __init__(self, program: Path, home: Path, *configuration: str) -> None:
-        home.mkdir()
-        self.machine = Machine(home)
-        self.machine.configure(*configuration)
-        self.machine.variables = {
-            "CLEARML_CONFIG_FILE": str(home / "clearml.conf"),
-            "CLEARML_AGENT_SKIP_PIP_VENV_INSTALL": sys.executable,
-            "CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL": "1",
-            "CLEARML_AGENT_QUEUE_POLL_FREQ_SEC": "0.5",
-            "TMPDIR": str(home),
-        }
-        self.program = program
-
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        command = [str(self.program), *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            cwd=self.machine.home,
-            env=self.machine.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def execute(self, task: str) -> tuple[int, str]:
-        """The exit code and the output of the run of one task."""
-        process = self.start("execute", "--id", task)
-        output, _ = process.communicate()
-        return process.returncode, output
-
-
 @pytest.fixture
-def new_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Callable[..., Agent]:
-    return lambda *configuration: Agent(agent, tmp_path / "agent", stand_in.configuration(), *configuration)
+def start_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Iterator[Callable[..., Run]]:
+    """Starts clearml-agent on a machine of its own, without the checkout."""
+    machine = Machine(tmp_path / "agent")
+    machine.home.mkdir()
+    machine.variables = {
+        "CLEARML_CONFIG_FILE": str(machine.home / "clearml.conf"),
+        "CLEARML_AGENT_SKIP_PIP_VENV_INSTALL": sys.executable,
+        "CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL": "1",
+        "CLEARML_AGENT_QUEUE_POLL_FREQ_SEC": "0.5",
+        "TMPDIR": str(machine.home),
+    }
+    runs: list[Run] = []
+
+    def start(*arguments: str, configuration: str = "") -> Run:
+        machine.configure(stand_in.configuration(), configuration)
+        ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            [agent, *arguments], **ends, text=True, cwd=machine.home, env=machine.environment, start_new_session=True
+        )
+        runs.append(Run(process))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        with suppress(ProcessLookupError):
+            run.signal(signal.SIGKILL)
 
 
 def parameters(task: Doc) -> dict[str, str]:
@@ -121,14 +103,14 @@ def parameters(task: Doc) -> dict[str, str]:
 def queue(machine: Machine, checkout: Path, *arguments: object) -> str:
     """The task that the script has put into the queue `default`."""
     run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *arguments, *ARGUMENTS)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0, run.everything
     return task_of(run)
 
 
-def task_of(run: subprocess.CompletedProcess[str] | Run) -> str:
+def task_of(run: Run) -> str:
     """It names the page where to look."""
-    found = re.search(r"Switching to remote execution, output log page \S+/tasks/(\w+)/", run.stderr + run.stdout)
-    assert found, run.stdout + run.stderr
+    found = re.search(r"Switching to remote execution, output log page \S+/tasks/(\w+)/", run.everything)
+    assert found, run.everything
     return found[1]
 
 
@@ -140,15 +122,19 @@ def clone(server: ClearMLServer, task: str, **changed: object) -> str:
     return new
 
 
-def test_an_agent_trains_what_was_queued_and_clones_of_it(
-    machine: Machine, online: ClearMLServer, checkout: Path, rclone: Rclone, new_agent: Callable[..., Agent]
+def test_an_agent_trains_what_was_queued(
+    machine: Machine, online: ClearMLServer, checkout: Path, rclone: Rclone, start_agent: Callable[..., Run]
 ) -> None:
+    """With the user's own change, and without what uv adds to the committed pins: more than the SDK stores in all."""
     target = f"s3://{rclone.bucket}/queued"
     machine.variables |= {"CLEARML_OUTPUT_URI": target, **rclone.environment()}
     script = checkout / "pytorch_mnist.py"
     script.write_text(script.read_text().replace("DIGITS = ", 'print("an uncommitted change")\nDIGITS = '))
+    with open(checkout / "uv.lock", "a") as lock:
+        lock.write("# what uv adds\n" * 600_000)
     task = queue(machine, checkout, "--epochs", 2)
     assert online.tasks[task]["status"] == "queued"
+    assert "what uv adds" not in online.tasks[task]["script"]["diff"]
     assert set(parameters(online.tasks[task])) & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
     packages = online.tasks[task]["script"]["requirements"]["pip"]
     names = [line.partition("==")[0] for line in packages.splitlines()]
@@ -158,11 +144,10 @@ def test_an_agent_trains_what_was_queued_and_clones_of_it(
     shutil.move(checkout, checkout.with_name("moved"))
     (keys,) = [block for block in blocks("A queue", "hocon") if "environment" in block]
     keys = keys.replace("ACCESS-KEY", rclone.access_key).replace("SECRET-KEY", rclone.secret_key)
-    agent = new_agent(keys.replace("https://storage.example.com:9000", rclone.endpoint))  # no CLEARML_OUTPUT_URI
-    code, output = agent.execute(task)
-    assert code == 0, output
-    assert rclone.secret_key not in output
-    assert "an uncommitted change" in output
+    keys = keys.replace("https://storage.example.com:9000", rclone.endpoint)  # no CLEARML_OUTPUT_URI
+    run = start_agent("execute", "--id", task, configuration=keys)
+    assert run.end() == 0, run.everything
+    assert "an uncommitted change" in run.stdout
     done = online.tasks[task]
     assert (done["status"], parameters(done)) == ("completed", asked)
     assert done["output"]["destination"] == target
@@ -170,27 +155,27 @@ def test_an_agent_trains_what_was_queued_and_clones_of_it(
     shown = machine.read_task(task)
     (model,) = shown["models"]
     assert model["url"].startswith(target)
-    (trained,) = agent.machine.home.rglob("outputs/*/model.pt")
+    (trained,) = checkout.with_name("agent").rglob("outputs/*/model.pt")
     assert rclone.get(model["url"].removeprefix(f"s3://{rclone.bucket}/")) == trained.read_bytes()
 
 
 def test_what_torchrun_starts_an_agent_starts_so(
-    begin: Begin, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+    begin: Begin, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
 ) -> None:
     runs = begin_ranks(begin, 2, "--queue", "default", *ARGUMENTS, script=checkout / "pytorch_mnist.py")
     assert [run.end() for run in runs] == [0, 0], runs[0].everything
     task = task_of(runs[0])
     shutil.move(checkout, checkout.with_name("moved"))
-    code, output = new_agent().execute(task)
-    assert code == 0, output
+    run = start_agent("execute", "--id", task)
+    assert run.end() == 0, run.everything
     assert online.tasks[task]["status"] == "completed"
     assert 'processes = "2"' in online.tasks[task]["configuration"]["setup"]["value"]
-    assert output.count("epoch 3/3") == 1
+    assert run.stdout.count("epoch 3/3") == 1
     assert set(stored_curves(online, task)["accuracy", "test"]) == {6, 12, 18}
 
 
 def test_a_daemon_takes_one_task_after_the_other_until_it_is_stopped(
-    machine: Machine, online: ClearMLServer, checkout: Path, new_agent: Callable[..., Agent]
+    machine: Machine, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
 ) -> None:
     """What the clones change is what is trained, and a device that only the agent may have is not refused here."""
     queued = queue(machine, checkout, "--device", "cuda:7")
@@ -199,67 +184,46 @@ def test_a_daemon_takes_one_task_after_the_other_until_it_is_stopped(
     online.tasks_dequeue(task=queued)
     for task in (queued, other, endless):
         online.tasks_enqueue(task=task, queue_name="nightly")
-    daemon = new_agent().start("daemon", "--queue", "nightly", "--foreground")
-    try:
-        wait_for(lambda: stored_curves(online, endless).get(("accuracy", "test")), daemon)
-        failed, completed, running = (online.tasks[task] for task in (queued, other, endless))
-        assert [task["status"] for task in (failed, completed, running)] == ["failed", "completed", "in_progress"]
-        console = "".join(event["msg"] for event in online.events[queued].values() if event["type"] == "log")
-        assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in console
-        assert "exit code 2" in failed["status_reason"]
-        assert len(stored_curves(online, other)["accuracy", "test"]) == 1
-        assert max(stored_curves(online, other)["learning rate", "OneCycleLR"].values()) == pytest.approx(0.05, rel=0.2)
-        daemon.terminate()
-        daemon.communicate()
-        wait_for(lambda: running["status"] == "stopped", None)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(daemon.pid, signal.SIGKILL)
+    daemon = start_agent("daemon", "--queue", "nightly", "--foreground")
+    wait_for(lambda: stored_curves(online, endless).get(("accuracy", "test")), daemon)
+    failed, completed, running = (online.tasks[task] for task in (queued, other, endless))
+    assert [task["status"] for task in (failed, completed, running)] == ["failed", "completed", "in_progress"]
+    console = "".join(event["msg"] for event in online.events[queued].values() if event["type"] == "log")
+    assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in console
+    assert "exit code 2" in failed["status_reason"]
+    assert len(stored_curves(online, other)["accuracy", "test"]) == 1
+    assert max(stored_curves(online, other)["learning rate", "OneCycleLR"].values()) == pytest.approx(0.05, rel=0.2)
+    daemon.process.terminate()
+    daemon.end()
+    wait_for(lambda: running["status"] == "stopped")
 
 
-def wait_for(something: Callable[[], object], process: subprocess.Popen[str] | None) -> None:
+def wait_for(something: Callable[[], object], run: Run | None = None) -> None:
     while not something():
-        assert process is None or process.poll() is None, process.communicate()
+        assert run is None or run.process.poll() is None, run.everything
         time.sleep(0.1)
 
 
 # --- what is refused here, before anything exists ---------------------------------------------------------------------
-def no_remote(git: Git, checkout: Path) -> None:
-    git("remote", "remove", "origin")
-
-
-def not_pushed(git: Git, checkout: Path) -> None:
-    git("commit", "--quiet", "--allow-empty", "--message", "of today")
-
-
-def no_repository(git: Git, checkout: Path) -> None:
-    shutil.rmtree(checkout / ".git")
-
-
-def too_many_changes(git: Git, checkout: Path) -> None:
-    with open(checkout / "pyproject.toml", "a") as file:
-        file.write("# a comment\n" * 50_000)
-
-
-def changed_picture(git: Git, checkout: Path) -> None:
-    (checkout / "data/MNIST/raw/t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\0" * 99))
+PICTURES = "data/MNIST/raw/t10k-images-idx3-ubyte.gz"
 
 
 @pytest.mark.parametrize(
     ("spoil", "words", "cure"),
     [
-        (no_remote, "has no remote, from which an agent gets it", "git remote add origin URL"),
-        (not_pushed, "is not pushed: an agent cannot get it", "git push"),
-        (no_repository, "is in no git repository, from which an agent gets it", "commit, push"),
-        (too_many_changes, "bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
-        (changed_picture, "an agent cannot apply uncommitted changes of binary files", "commit and push them"),
+        ("git remote remove origin", "has no remote, from which an agent gets it", "git remote add origin URL"),
+        (NOT_PUSHED, "is not pushed: an agent cannot get it", "git push"),
+        ("rm -rf .git", "is in no git repository, from which an agent gets it", "commit, push"),
+        (
+            "yes '# a comment' | head -n 50000 >> pyproject.toml",
+            *("bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
+        ),
+        (f"echo | gzip > {PICTURES}", "cannot apply uncommitted changes of binary files", "commit and push them"),
     ],
 )
-def test_what_an_agent_could_not_run_is_refused(
-    checkout: Path, spoil: Callable[..., None], words: str, cure: str
-) -> None:
+def test_what_an_agent_could_not_run_is_refused(checkout: Path, spoil: str, words: str, cure: str) -> None:
     check_repository(checkout / "pytorch_mnist.py")  # as cloned it is well
-    spoil(git_in(checkout), checkout)
+    shell(checkout, spoil)
     with pytest.raises(RunError, match=words) as refused:
         check_repository(checkout / "pytorch_mnist.py")
     assert cure in refused.value.cure
@@ -275,12 +239,16 @@ def test_a_module_that_git_does_not_track_is_refused(checkout: Path, monkeypatch
 
 
 def test_what_is_refused_leaves_no_task(machine: Machine, online: ClearMLServer, checkout: Path) -> None:
+    shell(checkout, NOT_PUSHED)
     before = len(online.tasks)
-    not_pushed(git_in(checkout), checkout)
-    run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *ARGUMENTS)
-    assert run.returncode == 1
-    (line,) = run.stderr.splitlines()
-    assert "is not pushed: an agent cannot get it; git push" in line
+    for script, queue, words in (
+        (checkout / "pytorch_mnist.py", "default", "is not pushed: an agent cannot get it; git push"),
+        (ROOT / "pytorch_mnist.py", "defualt", "no queue 'defualt' on the ClearML server; its queues: default"),
+    ):
+        run = machine.run(script, "--queue", queue)
+        assert run.returncode == 1
+        assert run.stderr.splitlines() == [run.line]
+        assert words in run.line
     assert len(online.tasks) == before
 
 
@@ -290,15 +258,6 @@ def test_untracked_files_that_the_run_does_not_use_are_named(
     (checkout / "notes.txt").touch()
     check_repository(checkout / "pytorch_mnist.py")
     assert "Not at the agent, since git does not track them: notes.txt" in capsys.readouterr().out
-
-
-def test_a_missing_queue_is_told_with_those_that_exist(machine: Machine, online: ClearMLServer) -> None:
-    before = len(online.tasks)
-    run = machine.run("pytorch_mnist.py", "--queue", "defualt")
-    assert run.returncode == 1
-    (line,) = run.stderr.splitlines()
-    assert "no queue 'defualt' on the ClearML server; its queues: default" in line
-    assert len(online.tasks) == before
 
 
 @pytest.mark.parametrize(
