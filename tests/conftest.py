@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 from uuid import uuid4
 
 import pytest
@@ -222,6 +222,7 @@ class Run:
 
 
 Begin = Callable[..., Run]
+AnyStore = TypeVar("AnyStore", bound=Store)
 
 
 def begin_ranks(
@@ -273,13 +274,6 @@ def begin(machine: Machine) -> Iterator[Begin]:
         run.end()
 
 
-@pytest.fixture(scope="module")
-def module_machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    home = tmp_path_factory.mktemp("module") / "home"
-    home.mkdir()
-    return Machine(home)
-
-
 @contextmanager
 def silent() -> Iterator[str]:
     """host:port of a socket that takes connections and never says anything."""
@@ -287,29 +281,19 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
-    with Rclone(tmp_path_factory.mktemp("rclone")) as store:
-        yield store
+def serving(kind: type[AnyStore], **options: Any) -> Callable[..., Iterator[AnyStore]]:
+    """A store for all tests of a worker, each of which has places of its own there."""
+
+    @pytest.fixture(scope="session")
+    def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyStore]:
+        with kind(tmp_path_factory.mktemp(kind.__name__), **options) as running:
+            yield running
+
+    return store
 
 
-@pytest.fixture(scope="module")
-def rclone_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rclone]:
-    with Rclone(tmp_path_factory.mktemp("rclone-tls"), tls=True) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    """It makes a missing bucket on the first upload, as it does by default."""
-    with SeaweedFS(tmp_path_factory.mktemp("seaweed")) as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeGCS]:
-    with FakeGCS(tmp_path_factory.mktemp("gcs")) as store:
-        yield store
+rclone, rclone_tls, gcs = serving(Rclone), serving(Rclone, tls=True), serving(FakeGCS)
+seaweed = serving(SeaweedFS)  # it makes a missing bucket on the first upload, as it does by default
 
 
 @pytest.fixture(autouse=True)

@@ -33,22 +33,14 @@ def read(task_id: str, folder: Path) -> dict[str, Any]:
         for model in task.models["output"]
     ]
     artifacts = {
-        name: {
-            "size": artifact.size,
-            "metadata": artifact.metadata,
-            "url": artifact.url,
-            "file": fetch(artifact.url, folder),
-        }
-        for name, artifact in task.artifacts.items()
+        name: {"size": artifact.size, "file": fetch(artifact.url, folder)} for name, artifact in task.artifacts.items()
     }
     samples = [sample["url"] for sample in task.get_debug_samples("mistakes", "worst of the test set")]
     return {
         "status": str(task.status),
-        "reason": task.data.status_reason,
         "name": task.name,
         "project": task.get_project_name(),
         "tags": task.get_tags(),
-        "comment": task.comment,
         "output_uri": task.data.output.destination,
         "parameters": task.get_parameters(),
         "id": task.id,
