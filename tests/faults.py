@@ -232,7 +232,7 @@ FAULTS: dict[str, Fault] = {
         store("gcs", "gs://nonesuch"), "no such bucket", *MISSING, "left .*no such bucket"
     ),
     "an unknown key": no_storage(
-        store("seaweed", key="AKIAUNKNOWN98765"),
+        store("rclone", key="AKIAUNKNOWN98765"),
         "InvalidAccessKeyId",
         "bucket",
         "unknown key",

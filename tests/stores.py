@@ -20,7 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import boto3
 from botocore.config import Config
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 BIN = Path(sys.executable).parent
+KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 
 # Over https boto3 sends a checksum behind the body, which it does not over http. Not every store knows such
 # uploads: rclone answers 411, MissingContentLength. This variable is the way out; the SDK has no setting.
-KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 
 
@@ -51,7 +51,6 @@ class Store:
     access_key: str = "AKIATESTSTORE4321"
     secret_key: str = "not-a-secret/only+for-tests-0123456789"
     tls: bool = False
-    options: tuple[str, ...] = ()  # more of the program's own options
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,6 @@ class Store:
         self.host = f"127.0.0.1:{self.port}"
         self.endpoint = f"{'https' if self.tls else 'http'}://{self.host}"
         self._keeper: subprocess.Popen[bytes] | None = None
-        self._log: IO[bytes] | None = None
 
     def uri(self, path: str = "") -> str:
         """The target as the user writes it."""
@@ -83,9 +81,10 @@ class Store:
         raise NotImplementedError
 
     def start(self) -> Self:
-        keeper = [sys.executable, "-I", "-S", str(KEEPER), *self.command(), *self.options]
-        log = self._log = (self.folder / "log.txt").open("ab")
-        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        keeper = [sys.executable, "-I", "-S", str(KEEPER), *self.command()]
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        with (self.folder / "log.txt").open("ab") as log:
+            self._keeper = subprocess.Popen(keeper, stdout=log, **options)
         deadline = time.monotonic() + 300
         while True:
             try:
@@ -100,11 +99,9 @@ class Store:
 
     def stop(self) -> None:
         """Ends the store at once, as a power cut would. Its data stay."""
-        if self._keeper and self._keeper.stdin and self._log:
-            self._keeper.stdin.close()
-            self._keeper.wait(timeout=20)
-            self._log.close()
-        self._keeper = self._log = None
+        if self._keeper:
+            self._keeper.communicate(timeout=20)  # its standard input closes
+        self._keeper = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -135,10 +132,9 @@ class S3Store(Store):
         )
 
     def prepare(self) -> None:
-        with closing(self.client()) as s3:
-            if self.bucket not in [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]:
+        if self.bucket not in self.buckets():
+            with closing(self.client()) as s3:
                 s3.create_bucket(Bucket=self.bucket)
-            s3.head_bucket(Bucket=self.bucket)
 
     def buckets(self) -> list[str]:
         with closing(self.client()) as s3:
@@ -192,7 +188,7 @@ class Rclone(S3Store):
 class SeaweedFS(S3Store):
     """SeaweedFS, a production store: the second S3 server, so that nothing suits one only. Ready in 1 s.
 
-    By default an upload to a missing bucket makes it; options=("-s3.autoCreateBucket=false",) ends that.
+    An upload to a missing bucket makes it.
     """
 
     READER = ("AKIATESTREADER8765", "may-read-only/0123456789-may-read-only")  # writing is "access denied"
@@ -223,8 +219,6 @@ class SeaweedFS(S3Store):
     def prepare(self) -> None:
         """It lists before it can read and write: the part that holds the data comes last."""
         super().prepare()
-        for key in self.keys():
-            self.get(key)
         with closing(self.client()) as s3:
             s3.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
             s3.delete_object(Bucket=self.bucket, Key="ready")

@@ -187,6 +187,7 @@ STORES: list[Tried] = [
     ("tls", {"verify": "/no/such"}, "{uri}", {}, "bucket", "failed: .*certificate file missing .*/path/ca.pem"),
     ("tls", {}, "{uri}", {}, "object", CHUNKS),
     ("tls", None, "s3://models", PLAIN_URL, "endpoint", f"failed: .*{TLS} .AWS_ENDPOINT_URL, .* write https:"),
+    ("rclone", None, "s3://models", {**NOBODY, "AWS_PROFILE": "lib"}, "credentials", "failed: .*correct AWS_PROFILE"),
     ("rclone", None, "s3://models", NOBODY, "credentials", "failed: .*no keys.*AWS_ACCESS_KEY_ID"),
     ("gcs", None, "gs://models", NO_EMULATOR, "credentials", "failed: .*gcloud auth application-default login"),
 ]

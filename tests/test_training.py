@@ -24,11 +24,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set is the first 512 test images."""
+    """The set is the first 512 test images, and nobody makes a DataLoader: it is one tensor, and needs no workers."""
     images, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
     monkeypatch.setattr(pytorch_mnist, "load_mnist", lambda *_: (images[:512], labels[:512]))
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)
 
 
 def training(batch_size: int) -> pytorch_mnist.Training:
@@ -37,11 +38,11 @@ def training(batch_size: int) -> pytorch_mnist.Training:
     return pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
 
 
-@pytest.mark.usefixtures("small")
 def test_no_step_waits_for_a_value() -> None:
     reads = []
     for batch_size in (256, 32):
         case = training(batch_size)
+        assert (case.images.dtype, case.images.shape) == (torch.uint8, (512, 28, 28))
         with Reads() as mode:
             losses, rates, _ = case.epoch()
         assert len(losses) == len(rates) == 512 // batch_size
@@ -52,17 +53,7 @@ def test_no_step_waits_for_a_value() -> None:
     assert mode.count == 1, "it does not count"
 
 
-@pytest.mark.usefixtures("small")
 def test_the_rate_rises_and_falls_in_five_steps_too() -> None:
     _, rates, _ = training(103).epoch()
     assert len(rates) == 5
     assert rates[0] < rates[1] > rates[2] > rates[3] > 1000 * rates[4]
-
-
-@pytest.mark.usefixtures("small")
-def test_the_data_is_one_tensor_and_needs_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # whoever makes one fails
-    case = training(128)
-    assert (case.images.dtype, case.images.shape, case.labels.dtype) == (torch.uint8, (512, 28, 28), torch.int64)
-    case.epoch()
-    assert case.test()[0].shape == (512, 10)

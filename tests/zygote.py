@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 HEAVY = (
     *("torch", "torchvision.datasets", "numpy", "PIL.ImageFont", "PIL.PngImagePlugin", "tqdm", "dotenv", "boto3"),
-    *("requests", "yaml", "jwt", "psutil", "furl", "pathlib2", "pyparsing", "jsonschema", "click", "doctest"),
+    *("requests", "yaml", "jwt", "psutil", "furl", "pathlib2", "pyparsing", "jsonschema", "doctest"),
     *("google.cloud.storage", "google.protobuf.json_format", "logging.config", "logging.handlers"),
     *("multiprocessing.dummy", "multiprocessing.queues", "multiprocessing.synchronize"),
 )

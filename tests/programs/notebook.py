@@ -17,13 +17,7 @@ class Stream(io.TextIOBase):
     """Without reconfigure() and fileno(), as a notebook's."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        return int(self.stream.write(text))
-
-    def flush(self) -> None:
-        self.stream.flush()
+        self.write, self.flush = stream.write, stream.flush  # type: ignore[method-assign]
 
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -33,15 +27,14 @@ sys.modules["IPython"] = ipython
 builtins.__dict__["__IPYTHON__"] = True
 sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
 for command in sys.argv[1:]:
-    name, *sys.argv[1:] = shlex.split(command)
+    sys.argv = shlex.split(command)
     code: object = 0
     try:
-        if name == "-m":
-            sys.argv[:1] = []
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv[0] = name
-            runpy.run_path(name, run_name="__main__")
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
     print(f"%run {command}: {code}")
