@@ -106,6 +106,8 @@ class Bench:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise RuntimeError(f"exit code {process.returncode}: {shlex.join(command)}\n{errors.read_text()[-2000:]}")
+        if self.server.unknown:
+            raise RuntimeError(f"the stand-in server does not know: {self.server.unknown}")
         peak = usage.ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
         print(f"  {seconds:6.1f} s  {epochs[-1][1] if epochs else '':5}  {shlex.join(command[1:5])}", flush=True)
         return Run(seconds, epochs, round(statistics.mean(speeds)) if speeds else 0, peak, growth, requests)
@@ -150,7 +152,7 @@ def data_seconds() -> float:
         "import sys, time, pytorch_mnist as m\n"
         "sys.argv = ['pytorch_mnist.py', '--dry-run', '--data-dir', 'data']\n"
         "args, begun = m.parse_args()[0], time.perf_counter()\n"
-        "training = m.Training(args, m.RECIPE)\n"
+        "training = m.Training(args, m.RECIPE, {})\n"
         "training.epoch()\n"
         "training.test()\n"
         "print(time.perf_counter() - begun)"

@@ -2,8 +2,8 @@
 
 It answers the calls that clearml 2.1.12 and clearml-agent 3.0.3 make in this project the way the open-source
 server (API 2.34) answers them: the same fields, the same refusals, the same error codes. Everything is in
-memory except the uploaded files. A call or a parameter that it does not know is answered with 501 and noted in
-`ClearMLServer.unknown`, because an invented answer would prove nothing.
+memory except the uploaded files. A call or a parameter that it does not know is refused (by 400: the SDK repeats
+a call for ever that a 501 answers) and noted in `ClearMLServer.unknown`, because an invented answer proves nothing.
 """
 
 import base64
@@ -299,7 +299,7 @@ class ClearMLServer:
             except ApiError as error:
                 code, subcode, message = error.code, error.subcode, str(error)
             except Exception as error:
-                code, message = 501, f"{name}: {error!r}"
+                code, message = 400, f"{name}: {error!r}"
                 self.unknown.append(message)
             call_id = _new_id()
             _, actual = HANDLERS.get(name, (None, None))
@@ -675,14 +675,18 @@ class ClearMLServer:
         return {"created": True, "id": model["id"]}
 
     @endpoint("models.edit")
-    def models_edit(self, model: str, **fields: Any) -> Doc:
+    def models_edit(self, model: str, iteration: int = 0, **fields: Any) -> Doc:
+        """`iteration` is sent where the SDK finds a torch.save by itself, as in ClearML's example."""
         _check_fields(fields, MODEL_FIELDS)
         changes = {**fields, "last_change": _now(), "last_changed_by": USER}
         if "uri" in changes:
             changes["ui_cache"] = {}
         if MODEL_CONTENT & changes.keys():
             changes["last_update"] = changes["last_change"]
-        self._find("model", model).update(changes)
+        doc = self._find("model", model)
+        doc |= changes
+        if task := self.tasks.get(doc.get("task", "")):
+            task["last_iteration"] = max(task["last_iteration"], iteration)
         return {"updated": 1, "fields": changes}
 
     @endpoint("models.add_or_update_metadata", "2.13")

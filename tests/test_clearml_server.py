@@ -140,7 +140,7 @@ def test_answers_as_recorded(server: ClearMLServer, recording: str, monkeypatch:
 def test_notes_what_it_does_not_know(server: ClearMLServer, path: str, data: dict[str, Any], words: str) -> None:
     headers = {"Authorization": f"Bearer {server.token}"}
     status, answer = send(server, path, json.dumps(data), headers=headers)
-    assert (status, [answer["meta"]["result_msg"]]) == (501, server.unknown)
+    assert (status, [answer["meta"]["result_msg"]]) == (400, server.unknown)
     assert words in server.unknown.pop()
 
 
