@@ -23,9 +23,10 @@ from copy import deepcopy
 from datetime import UTC, datetime
 from email.message import Message
 from functools import partial, reduce
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -99,7 +100,8 @@ class ApiError(Exception):
         self.subcode, self.code = subcode, code
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(ThreadingTCPServer):
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 128
 
 
@@ -239,7 +241,7 @@ class ClearMLServer:
             server = _Server(("127.0.0.1", self._ports[number]), partial(_Connection, answer))
             if tls:
                 server.socket = tls.wrap_socket(server.socket, server_side=True)
-            self._ports[number] = server.server_port
+            self._ports[number] = server.server_address[1]
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
             thread.start()
             self._running.append((server, thread))
@@ -313,6 +315,8 @@ class ClearMLServer:
     def _authorize(self, headers: Message) -> None:
         keys = base64.b64encode(f"{self.access_key}:{self.secret_key}".encode()).decode()
         given = headers.get("Authorization", "")
+        if not given:
+            raise ApiError("Unauthorized (missing credentials)", 20, 401)
         if given.startswith("Basic ") and given != f"Basic {keys}":
             raise ApiError("Unauthorized (invalid credentials) (failed to locate provided credentials)", 22, 401)
         if given not in (f"Basic {keys}", f"Bearer {self.token}"):
@@ -410,7 +414,7 @@ class ClearMLServer:
         name, parent = "/".join(parts), "/".join(parts[:-1])
         known = {project["name"]: project for project in self.projects.values()}
         if name in known:
-            raise NotImplementedError(f"a second project {name}")
+            raise ApiError(f"Project with the same name already exists: name={name}, company={COMPANY}", 801)
         location: Doc = {"path": []}
         if parent:
             above = known.get(parent) or self.projects[self.projects_create(parent)["id"]]

@@ -96,7 +96,10 @@ class Machine:
     def run(self, script: str | Path, *arguments: object, **options: Any) -> "Run":
         """Run to the end."""
         run = Run(self.start(script, *arguments, **options))
-        run.end()
+        try:
+            run.end()
+        finally:
+            run.process.kill()
         return run
 
     def train(self, *arguments: object, **variables: str) -> "Run":
@@ -200,7 +203,7 @@ class Run:
         except subprocess.TimeoutExpired:
             self.give_up()
         for reader in self.readers:
-            reader.join(timeout=10)
+            reader.join()
         assert not [secret for secret in SECRETS if secret in self.everything]
         if within and (took := (self.ended or time.monotonic()) - self.since) > within:
             assert took < within + 3 * plain_start(), self.everything
@@ -282,7 +285,7 @@ def silent() -> Iterator[str]:
 
 
 def serving(kind: type[AnyStore], **options: Any) -> Callable[..., Iterator[AnyStore]]:
-    """A store for all tests of a worker, each of which has places of its own there."""
+    """A store for all tests of a worker. They compare with what was there before, or have a place of their own."""
 
     @pytest.fixture(scope="session")
     def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnyStore]:

@@ -132,6 +132,11 @@ def store_at(host: str) -> Provoke:
     return store("rclone", f"s3://{host}/models", host=host)
 
 
+def google_is_down(setup: Setup) -> None:
+    store("gcs")(setup)
+    setup.machine.variables["STORAGE_EMULATOR_HOST"] = "http://127.0.0.1:1"
+
+
 def silent_store(setup: Setup) -> None:
     store_at(setup.held.enter_context(silent()))(setup)
 
@@ -186,6 +191,7 @@ IGNORED = "ClearML ignores ~/.clearml.conf"
 READER = dict(zip(("key", "secret"), SeaweedFS.READER, strict=True))
 MISSING = ("bucket", "nonesuch: no such bucket", "make the bucket, or correct its name")
 WAIT = "check host, port and firewall"
+LISTED_AND_LEFT = "; stays: .*no answer.*\n(.*\n)*left .*no answer"
 
 FAULTS: dict[str, Fault] = {
     "nobody listens": no_answer(server_at("http://127.0.0.1:1"), "address", "refused", "correct the port"),
@@ -260,10 +266,13 @@ FAULTS: dict[str, Fault] = {
         store("tls", verify=None), "CERTIFICATE_VERIFY_FAILED", "bucket", "certificate not trusted", "/path/ca.pem"
     ),
     "a closed port": no_storage(
-        store_at("127.0.0.1:1"), "Could not connect", "endpoint", "refused", "start the server", "left .*no answer"
+        store_at("127.0.0.1:1"), "Could not connect", "endpoint", "refused", "start the server", LISTED_AND_LEFT
     ),
     "a name of nobody's": no_storage(
         store_at("no-such-host.invalid:9000"), "Could not connect", "endpoint", "name not resolved", "correct the host"
+    ),
+    "Google's store is down": no_storage(
+        google_is_down, "Connection refused", "bucket", "refused", "start the server", LISTED_AND_LEFT
     ),
     "a silent store": no_storage(silent_store, "", "bucket", "time-out", WAIT, "left .*no answer"),
 }

@@ -453,20 +453,21 @@ def test_what_dies_in_the_middle_is_no_loss_and_the_next_run_goes_on(tmp_path: P
 
 # --- use ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("full", [True, False], ids=["a disk that is full", "a reader that has left"])
-def test_an_output_that_takes_nothing_ends_the_run_in_silence_or_one_line(lab: Lab, full: bool) -> None:
-    """The doctor has its exit code."""
+def test_an_output_that_takes_nothing_costs_the_doctor_nothing_and_ends_the_clean_up(lab: Lab, full: bool) -> None:
+    """In one line, or silence. The doctor's exit code is that of what it found."""
     lab.task("first")
+    storage = ("--only", "storage", "--output-uri", "/no/such/folder")
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as disk:
         output = disk if full else writer
         process = lab.machine.start(*CLEANUP, lab.project, stdout=output)
-        doctor = lab.machine.start("-m", "clearml_client.doctor", "--only", "configuration", stdout=output)
+        doctor = lab.machine.start("-m", "clearml_client.doctor", *storage, stdout=output)
     os.close(writer)
     _, errors = process.communicate()
     assert process.returncode == 1
     assert re.fullmatch(r"clearml_client\.cleanup: error: .*No space left on device.*\n" if full else "", errors)
-    assert (doctor.communicate()[1], doctor.returncode) == ("", 0)
+    assert (doctor.communicate()[1], doctor.returncode) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -477,6 +478,7 @@ def test_an_output_that_takes_nothing_ends_the_run_in_silence_or_one_line(lab: L
         ("--project-name x --older-than nan", "not between"),
         ("--project-name x --folder /does/not/exist", "no folder"),
         ("--project-name x --folder /", "no folder"),
+        ("", "--project-name"),
     ],
 )
 def test_wrong_use_is_named(

@@ -33,6 +33,7 @@ BROKEN: dict[str, tuple[bytes | None, str]] = {
     "Latin-1": (GOOD.encode("latin-1"), "is no text in UTF-8"),
     "a variable that is set nowhere": (f"a: ${{NO_SUCH_VARIABLE}}\n{GOOD}".encode(), "set nowhere?"),
     "a folder": (None, "is a folder, not a file"),
+    "empty": (b"", "says nothing"),
     "only a comment": (b"# nothing yet\n\n", "says nothing"),
     "a number": (b"api: 5", "api is no section"),  # these two parse, and are no reason for an offline run
     "a text": (b'sdk: "hello"', "sdk is no section"),
@@ -154,4 +155,5 @@ def test_no_home_has_that_cure_too(here: Machine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(here.home)
     with pytest.raises(RunError, match=r"no home folder.*CLEARML_CACHE_DIR"):
         configuration.check_cache()
+    assert configuration.nice("/a/path") == "/a/path"
     assert list(here.home.iterdir()) == []

@@ -181,6 +181,7 @@ Tried = tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]
 STORES: list[Tried] = [
     ("seaweed", {}, "{uri}", {}, "credentials", r"ok: static keys, access key \.\.\.4321 \[sdk.aws.s3.credentials"),
     ("tls", {"verify": False}, "{uri}", CHECKSUM, "endpoint", "warning: .*certificate not checked.*ca.pem"),
+    ("tls", {}, "{uri}", CHECKSUM, "endpoint", "ok: https://"),
     ("tls", None, "s3://models/a/path", {}, "credentials", "ok: boto3 finds env, access key ...4321"),
     ("rclone", None, "s3://models", {**NOBODY, "AWS_PROFILE": "lab"}, "credentials", "ok: .* shared-credentials-file"),
     ("gcs", None, "{uri}", {}, "credentials", r"ok: .*emulator .*\[STORAGE_EMULATOR_HOST, environment"),
@@ -244,6 +245,7 @@ ADDRESSES = [
     ("{store}", "API", "something else", "port 8008"),
     ("https://{host}", "address", PLAIN, "write {api}"),
     ("http://{secure}", "address", TLS, "write https://{secure}"),
+    ("https://{secure}", "API", "certificate not trusted", "api.verify_certificate.*REQUESTS_CA_BUNDLE"),
 ]
 
 # What is wrong with the entry in clearml.conf; what is said of it; its cure.
@@ -251,6 +253,7 @@ ENTRIES = [
     ({"host": "127.0.0.1"}, "the port is missing", 'write host: "{store_host}"'),
     ({"host": "127.0.0.1:1"}, "has another port", "one and the same host:port"),
     ({"host": "store.example:9000"}, "is another host", 'add an entry with host: "{store_host}"'),
+    ({"host": "http://127.0.0.1:1"}, "the SDK cannot use", "without http://"),
     ({"bucket": "mod"}, "bucket 'mod' is taken for", "write the whole name"),
 ]
 

@@ -286,19 +286,22 @@ def stored_at(run: Run) -> str:
 
 
 @row("the storage dies during training", 1, "the model is in outputs/{model}, but not at {uri}", status="failed")
-def test_a_store_that_dies_in_the_middle_of_the_upload_costs_no_training(
-    bench: Bench, machine: Machine, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("when", ["while training", "in the middle of the upload"])
+def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp_path: Path, when: str) -> None:
     """The store has no half object, and the command of the last line uploads what is there."""
     with Rclone(tmp_path / "store") as store:
         plug = Plug(store.port)
-        uri = f"s3://{plug.host}/{store.bucket}"
-        machine.configure(bench.server.configuration(), store.clearml_conf(host=plug.host))
+        host = store.host if when == "while training" else plug.host
+        uri = f"s3://{host}/{store.bucket}"
+        machine.configure(bench.server.configuration(), store.clearml_conf(host=host))
         run = bench.train("--epochs", 12, "--output-uri", uri)
         run.wait_for("epoch 1/")
-        plug.bytes_left = 100_000  # of the 171,000 that the model has
+        if when == "while training":
+            store.stop()
+        else:
+            plug.bytes_left = 100_000  # of the 171,000 that the model has
         run.end()
-        assert plug.pulled
+        assert plug.pulled == (when != "while training")
         model = machine.outputs("model.pt")
         bench.ends(run, model=model.relative_to(machine.home / "outputs"), uri=uri)
         assert "Could not connect" in run.line
@@ -306,6 +309,8 @@ def test_a_store_that_dies_in_the_middle_of_the_upload_costs_no_training(
         task = bench.server.tasks[run.task]
         assert uri in task["status_reason"]
 
+        if when == "while training":
+            store.start()
         assert not store.keys()
         machine.configure(bench.server.configuration(), store.clearml_conf())  # mended: the store at its own port
         again = go_on(run, bench.begin, "--output-uri", store.uri())
@@ -416,7 +421,8 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(bench: Bench, machine
 
 
 def is_the_same_training(machine: Machine, uninterrupted: Path) -> None:
-    """To the last bit."""
+    """To the last bit, and in the same folder."""
+    assert machine.outputs("model.pt").parent == machine.outputs("checkpoint.pt").parent
     weights, expected = read(machine.outputs("model.pt")), read(uninterrupted / "model.pt")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
@@ -777,7 +783,7 @@ ODD = "Ziffern 🔢 50%", "Übung № 1? 🚀 #2"
 NAMES: dict[str, list[tuple[str, str, int]]] = {
     "file server": [("group/sub group/project", "it's [run/1 of/2] (clone)", 1), (*ODD, 2), ("p" * 300, "t" * 300, 2)],
     "folder": [(*ODD, 1), ("🔢" * 300, "🚀" * 300, 2)],
-    "S3": [(*ODD, 1)],
+    "S3": [("group/sub group/project", "run/1 of/2", 1), (*ODD, 1)],
 }
 
 

@@ -94,6 +94,7 @@ def start_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Iterato
     for run in runs:
         with suppress(ProcessLookupError):
             run.signal(signal.SIGKILL)
+        run.process.wait()
 
 
 def parameters(task: Doc) -> dict[str, str]:
@@ -132,9 +133,13 @@ def test_an_agent_trains_what_was_queued(
     script.write_text(script.read_text().replace("DIGITS = ", 'print("an uncommitted change")\nDIGITS = '))
     with open(checkout / "uv.lock", "a") as lock:
         lock.write("# what uv adds\n" * 600_000)
+    plain = machine.run(script, "--dry-run")
+    assert plain.returncode == 0, plain.everything
     task = queue(machine, checkout, "--epochs", 2)
     assert online.tasks[task]["status"] == "queued"
-    assert "what uv adds" not in online.tasks[task]["script"]["diff"]
+    for stored in (online.tasks[plain.task]["script"]["diff"], online.tasks[task]["script"]["diff"]):
+        assert "an uncommitted change" in stored
+        assert "what uv adds" not in stored
     assert set(parameters(online.tasks[task])) & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
     packages = online.tasks[task]["script"]["requirements"]["pip"]
     names = [line.partition("==")[0] for line in packages.splitlines()]
@@ -206,6 +211,7 @@ def wait_for(something: Callable[[], object], run: Run | None = None) -> None:
 
 # --- what is refused here, before anything exists ---------------------------------------------------------------------
 PICTURES = "data/MNIST/raw/t10k-images-idx3-ubyte.gz"
+MANY_CHANGES = "yes '# a comment' | head -n 50000 >> pyproject.toml"
 
 
 @pytest.mark.parametrize(
@@ -214,10 +220,7 @@ PICTURES = "data/MNIST/raw/t10k-images-idx3-ubyte.gz"
         ("git remote remove origin", "has no remote, from which an agent gets it", "git remote add origin URL"),
         (NOT_PUSHED, "is not pushed: an agent cannot get it", "git push"),
         ("rm -rf .git", "is in no git repository, from which an agent gets it", "commit, push"),
-        (
-            "yes '# a comment' | head -n 50000 >> pyproject.toml",
-            *("bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
-        ),
+        (MANY_CHANGES, "bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
         (f"echo | gzip > {PICTURES}", "cannot apply uncommitted changes of binary files", "commit and push them"),
     ],
 )

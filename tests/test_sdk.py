@@ -1,5 +1,7 @@
 """Every private name of the SDK that clearml_client/sdk.py uses, asked of the SDK that is installed."""
 
+import inspect
+
 import clearml.utilities.resource_monitor
 import pytest
 from clearml import Task
@@ -29,3 +31,15 @@ NAMES = [
 @pytest.mark.parametrize(("owner", "name"), NAMES, ids=[name for _, name in NAMES])
 def test_a_private_name_is_still_there(owner: object, name: str) -> None:
     assert hasattr(owner, name)
+
+
+def test_the_session_takes_its_retries() -> None:
+    assert "http_retries_config" in inspect.signature(sdk.Session.__init__).parameters
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
+def test_settings_can_be_read_and_changed() -> None:
+    before = sdk.setting("sdk.aws.s3.use_credentials_chain", None)
+    sdk.put("sdk.aws.s3.use_credentials_chain", "changed")
+    assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
+    sdk.put("sdk.aws.s3.use_credentials_chain", before)

@@ -103,6 +103,7 @@ RIGHT: list[Case] = [
     (SERVER, "$secure", BY_VARIABLE, "All is well"),
     (SCRIPT, '$secure api.verify_certificate: "~/ca.pem"', BUNDLE, "Stored: https:"),
     (SERVER, "$secure", {"REQUESTS_CA_BUNDLE": "$ca"}, "All is well"),
+    (SCRIPT, "$by_proxy", PLUG, "Stored: http:"),
     (SERVER, "$by_proxy", PLUG, THROUGH),
     (SCRIPT, "$no_get", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
 ]
@@ -110,9 +111,10 @@ RIGHT: list[Case] = [
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_what_is_unusual_and_right_works(machine: Machine, places: dict[str, str], case: Case) -> None:
+    *_, words = case
     code, said = run_case(machine, places, case)
     assert code == 0, said
-    assert re.search(case[3], said)
+    assert re.search(words, said)
 
 
 UNTRUSTED, MISSING = "certificate not trusted", r"certificate file missing \(.*/no/such.pem"
@@ -133,7 +135,7 @@ WRONG: list[Case] = [
     ((*SCRIPT, *TO_STORE), "$server $store", NOBODY, LOST("store")),
     ((*STORAGE, *TO_STORE), "$server $store", NOBODY, LOST("store")),
     *((each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
-    (SCRIPT, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"),
+    *((each, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML") for each in (SCRIPT, SERVER)),
     (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
     (SCRIPT, "$server", UNDEFINED, r"api.files_server is 'undefined': no address.*\[CLEARML_FILES_HOST, environment\]"),
     (SCRIPT, "$server", DEAD, r"no storage at http://127.0.0.1:[0-9]+: .*\[CLEARML_FILES_HOST, environment\]"),
@@ -147,14 +149,15 @@ WRONG: list[Case] = [
 def test_what_is_wrong_is_named_in_one_line(
     machine: Machine, stand_in: ClearMLServer, places: dict[str, str], case: Case
 ) -> None:
+    command, conf, _, words = case
     before = len(stand_in.tasks)
     code, said = run_case(machine, places, case)
     assert code == 1, said
     lines = [line for line in said.splitlines() if re.search("^failed|: error: ", line)]
-    assert re.search(case[3], lines[0]), lines
-    assert len(lines) == 1 or case[0][:2] == DOCTOR
+    assert re.search(words, lines[0]), lines
+    assert len(lines) == 1 or command[:2] == DOCTOR
     assert "ss-word" not in said
-    is_of_a_store = case[0][0] == SCRIPT[0] and "$server" in case[1]
+    is_of_a_store = command[0] == SCRIPT[0] and "$server" in conf
     assert len(stand_in.tasks) - before == is_of_a_store  # then it is the task's failure
 
 
