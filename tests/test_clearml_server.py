@@ -14,7 +14,7 @@ from typing import Any
 import clearml_server
 import pytest
 import requests
-from clearml_server import ClearMLServer
+from clearml_server import ApiError, ClearMLServer
 
 DATA = Path(__file__).parent / "data"
 
@@ -142,6 +142,14 @@ def test_notes_what_it_does_not_know(server: ClearMLServer, path: str, data: dic
     status, answer = send(server, path, json.dumps(data), headers=headers)
     assert (status, [answer["meta"]["result_msg"]]) == (400, server.unknown)
     assert words in server.unknown.pop()
+
+
+def test_a_second_project_of_one_name_is_refused(server: ClearMLServer) -> None:
+    """Two runs that start at once rely on it: the SDK of the second one then asks for the project again."""
+    server.projects_create("a project")
+    with pytest.raises(ApiError, match="already exists") as refusal:
+        server.projects_create("a project")
+    assert (refusal.value.code, refusal.value.subcode) == (400, 801)
 
 
 def test_the_file_server_wants_a_token_and_notes_what_it_does_not_know(server: ClearMLServer) -> None:
