@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -239,6 +240,12 @@ def begin_ranks(
         more = own if int(rank) == count - 1 else ()
         started.append(begin(*arguments, *more, **everyone, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **options))
     return started
+
+
+def copy_script(folder: Path) -> Path:
+    """The script in a folder of its own, with the package beside it: that is where a .env is read."""
+    shutil.copytree(ROOT / "clearml_client", folder / "clearml_client")
+    return Path(shutil.copy(ROOT / "pytorch_mnist.py", folder))
 
 
 def blocks(chapter: str, language: str = "python") -> list[str]:

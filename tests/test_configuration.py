@@ -6,13 +6,12 @@
 import os
 import pwd
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import Machine, copy_script
 
 import clearml_client
 from clearml_client import configuration, faults, sdk
@@ -103,8 +102,7 @@ def test_an_env_file_that_is_not_understood_is_named(here: Machine, content: byt
 
 def test_a_run_ends_with_that_line_and_offline_it_goes_without(machine: Machine, tmp_path: Path) -> None:
     """Without .env, and without a clearml.conf that is broken, too."""
-    shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
-    script, file = shutil.copy(ROOT / "pytorch_mnist.py", tmp_path), tmp_path / ".env"
+    script, file = copy_script(tmp_path), tmp_path / ".env"
     file.write_text("CLEARML_OUTPUT_URI: /no/such/folder\n")
     machine.configure(BRACKET)
     refused = machine.run(script, "--dry-run")

@@ -6,7 +6,6 @@ says. What an error of a store means is in test_setups.py.
 
 import errno
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine, silent
+from conftest import Machine, copy_script, silent
 from reading import Report
 from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
 
@@ -104,7 +103,7 @@ def test_what_two_files_and_variables_say_together(ask: Ask, machine: Machine, s
 def test_values_from_dotenv_are_named_as_such(
     ask: Ask, machine: Machine, server: ClearMLServer, tmp_path: Path
 ) -> None:
-    shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")
+    copy_script(tmp_path)
     machine.configure(server.configuration())
     (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={machine.home}/elsewhere\nCLEARML_API_ACCESS_KEY=inside\n")
     variables = {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside", "PYTHONPATH": str(tmp_path)}

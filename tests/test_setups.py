@@ -34,8 +34,7 @@ SCRIPT = ("pytorch_mnist.py", "--dry-run")
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name", "any")
 DOCTOR = ("-m", "clearml_client.doctor")
 SERVER, STORAGE = ((*DOCTOR, "--only", area) for area in ("server", "storage"))
-Command = tuple[str, ...]
-Case = tuple[Command, str, dict[str, str], str]  # what is run, clearml.conf, variables, and what is said
+Case = tuple[tuple[str, ...], str, dict[str, str], str]  # what is run, clearml.conf, variables, and what is said
 
 
 # --- certificates, proxies, addresses ---------------------------------------------------------------------------------
@@ -121,21 +120,24 @@ UNTRUSTED, MISSING = "certificate not trusted", r"certificate file missing \(.*/
 LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid goes without".format
 NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
 KEYS = {"CLEARML_API_ACCESS_KEY": ClearMLServer.access_key, "CLEARML_API_SECRET_KEY": ClearMLServer.secret_key}
+NO_ADDRESS = r"no address of the web UI: set api.web_server \(CLEARML_WEB_HOST\)"
 NO_WEB = {**KEYS, "CLEARML_API_HOST": "$api", "CLEARML_FILES_HOST": "$files"}
 TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
 ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
-UNDEFINED, DEAD = ({"CLEARML_FILES_HOST": url} for url in ("undefined", "http://$nobody"))
-TO_STORE, TO_SMALL = (("--output-uri", uri) for uri in ("$uri", "s3://store:9000/models"))
+UNDEFINED = {"CLEARML_FILES_HOST": "undefined"}
+DEAD = {"CLEARML_FILES_HOST": "http://$nobody"}
+TO_STORE = ("--output-uri", "$uri")
+TO_SMALL = ("--output-uri", "s3://store:9000/models")
 LARGE = 'sdk.aws.s3.credentials: [ { host: "STORE:9000", key: "a key", secret: "a secret" } ]'  # the SDK takes it
 
 WRONG: list[Case] = [
-    (SCRIPT, "$secure", {}, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
+    (SCRIPT, "$secure", BUNDLE, f"{UNTRUSTED}.*api.verify_certificate"),  # the SDK alone would ask for ever
     (SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, f"{MISSING}.*api.verify_certificate"),
     (CLEANUP, "$unknown", NOBODY, f"{LOST('clearml')}((?!--offline).)*$"),  # it has no such option
     ((*SCRIPT, *TO_STORE), "$server $store", NOBODY, LOST("store")),
     ((*STORAGE, *TO_STORE), "$server $store", NOBODY, LOST("store")),
     *((each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
-    *((each, "sdk {}", NO_WEB, r"no address of the web UI: set api.web_server \(CLEARML") for each in (SCRIPT, SERVER)),
+    *((each, "sdk {}", NO_WEB, NO_ADDRESS) for each in (SCRIPT, SERVER)),
     (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
     (SCRIPT, "$server", UNDEFINED, r"api.files_server is 'undefined': no address.*\[CLEARML_FILES_HOST, environment\]"),
     (SCRIPT, "$server", DEAD, r"no storage at http://127.0.0.1:[0-9]+: .*\[CLEARML_FILES_HOST, environment\]"),

@@ -1,12 +1,11 @@
 """Where the model goes: every kind of storage as README and .env.default have it. How it fails is in test_faults.py."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import ROOT, Machine, copy_script
 from stores import CHECKSUM, FakeGCS, Rclone, SeaweedFS, Store
 
 README = (ROOT / "README.md").read_text()
@@ -95,8 +94,7 @@ def test_the_model_arrives(
         (machine.home / ".aws").mkdir()
         profile = f"[mnist]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {Store.secret_key}\n"
         (machine.home / ".aws/credentials").write_text(profile)
-    shutil.copytree(ROOT / "clearml_client", tmp_path / "clearml_client")  # .env lies beside it
-    script = shutil.copy(ROOT / "pytorch_mnist.py", tmp_path)
+    script = copy_script(tmp_path)
     (tmp_path / ".env").write_text(env.replace("/mnt/models", f"{tmp_path}/models"))
     before, tasks = keys(place), set(stand_in.tasks)
     run = machine.run(script, "--dry-run")
