@@ -60,8 +60,10 @@ def check_repository(script: Path) -> None:
     if not git("branch", "--remotes", "--contains", commit):
         raise RunError(f"the commit {commit[:10]} is not pushed: an agent cannot get it", "git push")
     tracked = {root / name for name in git("ls-files", "-z", "--full-name", str(root)).split("\0")}
-    files = {script, *(Path(file) for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None)))}
-    used = {file.resolve() for file in files if not file.is_relative_to(sys.prefix)}
+    files = [Path(file) for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
+    # A relative name is no file: torch.ops calls itself `_ops.py`.
+    used = {file.resolve() for file in files if file.is_absolute() and not file.is_relative_to(sys.prefix)}
+    used.add(script.resolve())
     missing = sorted(str(file.relative_to(root)) for file in used - tracked if file.is_relative_to(root))
     if missing:
         raise RunError(f"git does not track {', '.join(missing)}: an agent would not have it", f"git add {missing[0]}")

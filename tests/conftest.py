@@ -81,8 +81,11 @@ class Machine:
         return {**mine, **extra, **self.variables}
 
     def start(self, script: str | Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process."""
-        command = [*map(str, ("-m" if script == "-m" else ROOT / script, *arguments))]
+        """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process.
+
+        A script is the checkout's, and one that begins with ./ is in the folder from which it is started.
+        """
+        command = [*map(str, (script if str(script).startswith(("-m", "./")) else ROOT / script, *arguments))]
         is_training = "pytorch_mnist.py" in {Path(part).name for part in command}
         if is_training and "--data-dir" not in command and not self.whole:
             command += ["--data-dir", str(mnist(600, 200))]

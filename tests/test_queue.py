@@ -102,8 +102,8 @@ def parameters(task: Doc) -> dict[str, str]:
 
 
 def queue(machine: Machine, checkout: Path, *arguments: object) -> str:
-    """The task that the script has put into the queue `default`."""
-    run = machine.run(checkout / "pytorch_mnist.py", "--queue", "default", *arguments, *ARGUMENTS)
+    """The task that the script has put into the queue `default`, from the checkout, where the README has it started."""
+    run = machine.run("./pytorch_mnist.py", "--queue", "default", *arguments, *ARGUMENTS, cwd=checkout)
     assert run.returncode == 0, run.everything
     return task_of(run)
 
