@@ -37,7 +37,7 @@ from pathlib import Path
 
 import clearml_client
 
-clearml_client.load_dotenv()  # before `import clearml`, which reads variables while it is imported
+clearml_client.prepare_environment()  # before `import clearml`, which reads variables while it is imported
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from torchvision.datasets import MNIST
 
 from clearml_client import checkpoint, ranks, run
 from clearml_client.arguments import label, number, storage_uri
-from clearml_client.faults import RunError, plural
+from clearml_client.errors import RunError, plural
 
 HERE = Path(sys.argv[0]).resolve().parent
 DIGITS = [str(digit) for digit in range(10)]

@@ -1,7 +1,7 @@
 """What keeps a ClearML script honest, so that the script need not: copy this folder beside your own.
 
     import clearml_client
-    clearml_client.load_dotenv()   # before `import clearml`
+    clearml_client.prepare_environment()   # before `import clearml`
     from clearml import StorageManager, Task
     from clearml_client import run
 
@@ -19,7 +19,7 @@
     main()
 
 Two commands: `uv run -m clearml_client.doctor` and `uv run -m clearml_client.cleanup`. Each module says what it is
-for; imports go one way: doctor, cleanup, run -> storage, server, agent, ranks -> configuration, faults -> sdk.
+for; imports go one way: doctor, cleanup, run -> storage, server, agent, ranks -> configuration, errors -> sdk.
 """
 
 import math
@@ -45,7 +45,7 @@ for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: the 
             os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # how a run ended is said there, at least
 
 
-def load_dotenv() -> None:
+def prepare_environment() -> None:
     """Read the .env beside this package, and prepare the environment for `import clearml`, which reads it.
 
     A variable that is set already wins over the file. An unusable file is an error of the run, which

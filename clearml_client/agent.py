@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from clearml_client import sdk, server
-from clearml_client.configuration import nice
-from clearml_client.faults import RunError, plural
+from clearml_client.configuration import display_path
+from clearml_client.errors import RunError, plural
 
 
 def check_queue(name: str) -> None:
@@ -53,10 +53,10 @@ def check_repository(script: Path) -> None:
         commit = git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError) as error:
         cure = "git init, commit, push; or clone the repository"
-        raise RunError(f"{nice(folder)} is in no git repository, from which an agent gets it", cure) from error
+        raise RunError(f"{display_path(folder)} is in no git repository, from which an agent gets it", cure) from error
     if not git("remote"):
         cure = "git remote add origin URL; git push --set-upstream origin HEAD"
-        raise RunError(f"the repository {nice(root)} has no remote, from which an agent gets it", cure)
+        raise RunError(f"the repository {display_path(root)} has no remote, from which an agent gets it", cure)
     if not git("branch", "--remotes", "--contains", commit):
         raise RunError(f"the commit {commit[:10]} is not pushed: an agent cannot get it", "git push")
     tracked = {root / name for name in git("ls-files", "-z", "--full-name", str(root)).split("\0")}

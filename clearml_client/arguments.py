@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from clearml_client import ranks
-from clearml_client.faults import RunError, line, plural
+from clearml_client.errors import RunError, one_line, plural
 from clearml_client.storage import check_uri
 
 
@@ -53,7 +53,7 @@ def no_device(name: str) -> str:
     try:
         torch.empty(1, device="cpu" if name == "auto" else name).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # depends on the device's kind
-        return f"no device {name!r} on this machine: {line(error).split('. ')[0]}"
+        return f"no device {name!r} on this machine: {one_line(error).split('. ')[0]}"
     gpus = torch.cuda.device_count() if name.startswith(("auto", "cuda")) else 0
     if 0 < gpus < ranks.LOCAL_RANKS:
         return f"{ranks.LOCAL_RANKS} processes and {plural(gpus, 'GPU')}: --nproc-per-node {gpus}, or --device cpu"

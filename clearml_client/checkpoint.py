@@ -11,7 +11,7 @@ from clearml import Task
 
 from clearml_client import ranks
 from clearml_client.arguments import check_together
-from clearml_client.faults import RunError, line
+from clearml_client.errors import RunError, one_line
 from clearml_client.run import ending
 
 State = dict[str, Any]
@@ -30,7 +30,7 @@ def write(state: State, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch wraps what the disk says
         cause = next((each for each in (error, error.__context__) if isinstance(each, OSError)), None)
         part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {cause.strerror if cause else line(error)}") from error
+        raise RunError(f"cannot write {path}: {cause.strerror if cause else one_line(error)}") from error
 
 
 def save(path: Path, parts: dict[str, Any], args: argparse.Namespace, **more: Any) -> None:
@@ -55,7 +55,7 @@ def load(path: Path, net: torch.nn.Module) -> State:
             raise TypeError(f"not a checkpoint of this script, without {', '.join(sorted(missing))}")
         net.load_state_dict(state["net"])
     except UNREADABLE as error:
-        raise RunError(f"cannot resume from {path}: {type(error).__name__}: {line(error)}") from error
+        raise RunError(f"cannot resume from {path}: {type(error).__name__}: {one_line(error)}") from error
     return {**state, "path": path}
 
 

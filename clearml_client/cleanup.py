@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import clearml_client
 
-clearml_client.load_dotenv()  # before the SDK, which reads variables while it is imported
+clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
 from clearml_client import configuration, sdk, server
-from clearml_client.faults import RunError, hide, line, plural, print_any_letter
+from clearml_client.errors import RunError, escape_unencodable, one_line, plural, redact
 from clearml_client.storage import Folder, StorageError, Store, open_store
 
 Doc = dict[str, Any]
@@ -50,7 +50,7 @@ SESSION = re.compile("offline-[0-9a-f]{32}")  # the id of an offline session, in
 NAME = "clearml_client.cleanup"
 
 
-class Stays(Exception):  # noqa: N818
+class KeepTask(Exception):  # noqa: N818
     """Why a task stays, in one line."""
 
 
@@ -61,7 +61,7 @@ def pool() -> ThreadPool:
 
 
 def ask(call: str, **parameters: Any) -> Doc:
-    """One call of the server's API. Raises RunError where there is no answer, Stays where it refuses."""
+    """One call of the server's API. Raises RunError where there is no answer, KeepTask where it refuses."""
     session = server.session()
     try:
         answer = session.send_request(*call.split("."), json=parameters)
@@ -74,8 +74,8 @@ def ask(call: str, **parameters: Any) -> Doc:
     except RunError:
         raise
     except Exception as error:
-        raise RunError(f"no answer to {call}: {type(error).__name__}: {line(error)}") from error
-    raise Stays(f"the server refuses {call}: {reason}")
+        raise RunError(f"no answer to {call}: {type(error).__name__}: {one_line(error)}") from error
+    raise KeepTask(f"the server refuses {call}: {reason}")
 
 
 def get_all(kind: str, **filters: Any) -> list[Doc]:
@@ -112,7 +112,7 @@ def image_addresses(task: str) -> set[str]:
 
 # --- tasks and what they own ----------------------------------------------------------------------------------------
 @dataclass
-class Thing:
+class StoredObject:
     """An object that a task owns."""
 
     kind: str  # model, artifact or image
@@ -123,13 +123,13 @@ class Thing:
 
 
 @dataclass
-class Item:
+class OldTask:
     """A task that is old enough, and what became of it."""
 
     id: str
     name: str
     days: int
-    things: list[Thing] = field(default_factory=list)
+    objects: list[StoredObject] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # addresses that it points to, of objects that are not its own
     own_inputs: list[str] = field(default_factory=list)  # models of its own that it uses: it went on from a checkpoint
     reason: str = ""  # why it stays
@@ -138,13 +138,13 @@ class Item:
     def sizes(self) -> Counter[str]:
         """Bytes by store."""
         sizes = Counter[str]()
-        for thing in self.things:
-            sizes[thing.store.name] += thing.size or 0
+        for stored in self.objects:
+            sizes[stored.store.name] += stored.size or 0
         return sizes
 
     def __str__(self) -> str:
-        kinds = Counter(thing.kind for thing in self.things if thing.size is not None)
-        kinds |= {"already gone": sum(thing.size is None for thing in self.things), "not its own": len(self.others)}
+        kinds = Counter(stored.kind for stored in self.objects if stored.size is not None)
+        kinds |= {"already gone": sum(stored.size is None for stored in self.objects), "not its own": len(self.others)}
         return f"{self.name} ({self.id}), {plural(self.days, 'day')}: {sum_up(kinds, self.sizes())}"
 
 
@@ -196,7 +196,7 @@ class Project:
         fields = ["id", "name", "status", "status_changed", "system_tags", "execution.artifacts", "models.output"]
         return get_all("tasks", project=[self.id], only_fields=fields, **more)
 
-    def survey(self, tasks: list[Doc], leaving: set[str]) -> list[Item]:
+    def survey(self, tasks: list[Doc], leaving: set[str]) -> list[OldTask]:
         """What these tasks own, and why some of them stay. Tasks that are `leaving` keep no other from leaving."""
         linked = {output["model"]: task["id"] for task in tasks for output in task.get("models", {}).get("output", [])}
         ids = [task["id"] for task in tasks]
@@ -211,7 +211,7 @@ class Project:
         items = []
         for task in tasks:
             id_, changed = task["id"], datetime.fromisoformat(task["status_changed"])
-            item = Item(id_, task["name"], (datetime.now(UTC) - changed).days, reason=reasons.get(id_, ""))
+            item = OldTask(id_, task["name"], (datetime.now(UTC) - changed).days, reason=reasons.get(id_, ""))
             item.own_inputs = [model for model in models if id_ in users[model]]
             items.append(item)
             kinds = dict.fromkeys(self.images[id_], "image") | {address: kind for kind, address in reversed(owned[id_])}
@@ -220,13 +220,13 @@ class Project:
                 self.add(item, kind, address, others)
         return items
 
-    def add(self, item: Item, kind: str, address: str, others: set[tuple[str, str]]) -> None:
+    def add(self, item: OldTask, kind: str, address: str, others: set[tuple[str, str]]) -> None:
         """One of the addresses that a task points to. `others` point there, too, each by a kind and from a task."""
         if not owns(kind, item.id, address) or any(owns(*other, address) for other in others):
             item.others.append(address)  # it goes with the last task that owns it
             return
         store, key = self.find_store(address)
-        item.things.append(Thing(kind, address, store, key))
+        item.objects.append(StoredObject(kind, address, store, key))
         links = [f"task {other} has a link to its {kind} {address}" for _, other in others]
         item.reason = next(filter(None, (item.reason, *links, store.trouble)), "")
 
@@ -263,20 +263,20 @@ class Project:
     def delete(self, id_: str) -> None:
         """Objects first, each seen gone, then the record. Whatever stops this, the next run goes on with it."""
         if not (tasks := self.old_tasks(id=[id_])):
-            raise Stays("it is no longer an archived, old task of this project")
+            raise KeepTask("it is no longer an archived, old task of this project")
         (item,) = self.survey(tasks, leaving=set())  # what was true when it was listed may have changed
         if item.reason:
-            raise Stays(item.reason)
-        for thing in {thing.store.name: thing for thing in reversed(item.things)}.values():
-            thing.store.prove("/".join(filter(None, (thing.store.parent(thing.key), PROBE + id_))))
-        pool().map(lambda thing: thing.store.erase(thing.key), item.things)
-        for thing in item.things:
-            session = SESSION.search(thing.address)
-            thing.store.tidy(thing.key, session[0] if session else id_)
+            raise KeepTask(item.reason)
+        for stored in {stored.store.name: stored for stored in reversed(item.objects)}.values():
+            stored.store.prove("/".join(filter(None, (stored.store.parent(stored.key), PROBE + id_))))
+        pool().map(lambda stored: stored.store.delete(stored.key), item.objects)
+        for stored in item.objects:
+            session = SESSION.search(stored.address)
+            stored.store.tidy(stored.key, session[0] if session else id_)
         for model in item.own_inputs:  # which the server would keep
             ask("models.delete", model=model, force=True, delete_external_artifacts=False)
         ask("tasks.delete", task=id_, delete_external_artifacts=False)  # not force: the server has its say, too
-        for address in [*item.others, *(thing.address for thing in item.things)]:
+        for address in [*item.others, *(stored.address for stored in item.objects)]:
             self.linkers[address].discard(id_)
 
 
@@ -330,11 +330,11 @@ def reasons_to_stay(
     return reasons
 
 
-def measure(item: Item) -> None:
+def measure(item: OldTask) -> None:
     """The sizes of a task's objects. A store that cannot be asked is a reason to stay."""
-    for thing in item.things:
+    for stored in item.objects:
         try:
-            thing.size = thing.store.look(thing.key)
+            stored.size = stored.store.size(stored.key)
         except StorageError as error:
             item.reason = item.reason or str(error)
 
@@ -409,7 +409,7 @@ examples:
 
 def say(text: str) -> None:
     """One line, past the progress bar."""
-    tqdm.write(" ".join(hide(text).split()))
+    tqdm.write(" ".join(redact(text).split()))
     sys.stdout.flush()
 
 
@@ -419,12 +419,12 @@ def confirmed() -> bool:
     return False
 
 
-def as_doc(item: Item) -> Doc:
-    sizes = {hide(store): size for store, size in item.sizes().items()}
-    objects = {hide(thing.address): thing.size for thing in item.things}
-    doc = {"id": item.id, "name": hide(item.name), "days": item.days, "deleted": item.deleted}
-    doc |= {"reason": hide(item.reason), "bytes": sizes, "objects": objects}
-    return {**doc, "not_its_own": [*map(hide, item.others)]}
+def as_doc(item: OldTask) -> Doc:
+    sizes = {redact(store): size for store, size in item.sizes().items()}
+    objects = {redact(stored.address): stored.size for stored in item.objects}
+    doc = {"id": item.id, "name": redact(item.name), "days": item.days, "deleted": item.deleted}
+    doc |= {"reason": redact(item.reason), "bytes": sizes, "objects": objects}
+    return {**doc, "not_its_own": [*map(redact, item.others)]}
 
 
 def progress(what: str, steps: Iterable[Any], total: int) -> Iterator[Any]:
@@ -432,7 +432,7 @@ def progress(what: str, steps: Iterable[Any], total: int) -> Iterator[Any]:
     return iter(tqdm(steps, what, total, leave=False, disable=None if total > 1 else True))
 
 
-def list_items(project: Project, name: str, age: float) -> list[Item]:
+def list_items(project: Project, name: str, age: float) -> list[OldTask]:
     project.find_linkers()
     tasks = project.old_tasks()
     items = project.survey(tasks, leaving={task["id"] for task in tasks})
@@ -444,16 +444,16 @@ def list_items(project: Project, name: str, age: float) -> list[Item]:
     return items
 
 
-def delete_items(project: Project, items: list[Item]) -> None:
+def delete_items(project: Project, items: list[OldTask]) -> None:
     down = ""
     for item in progress("tasks", items, len(items)):
         try:
             if down:
-                raise Stays(down)
+                raise KeepTask(down)
             project.delete(item.id)
             item.deleted, item.reason = True, ""
             say(f"deleted {item}")
-        except (Stays, StorageError) as error:
+        except (KeepTask, StorageError) as error:
             item.reason = str(error)
         except RunError as error:  # the server
             item.reason = down = str(error)
@@ -461,14 +461,14 @@ def delete_items(project: Project, items: list[Item]) -> None:
             say(f"left {item.name} ({item.id}): {item.reason}")
 
 
-def total(items: list[Item]) -> str:
-    kinds = Counter(thing.kind for item in items for thing in item.things if thing.size is not None)
+def total(items: list[OldTask]) -> str:
+    kinds = Counter(stored.kind for item in items for stored in item.objects if stored.size is not None)
     kinds["task"] = len(items)
     return sum_up(kinds, sum((item.sizes() for item in items), Counter[str]())) if items else "0 tasks"
 
 
 def main() -> int:
-    print_any_letter()
+    escape_unencodable()
     args = parse_args()
     output = sys.stdout
     with redirect_stdout(sys.stderr if args.json else output):
@@ -482,10 +482,10 @@ def main() -> int:
                 return 2
             project = Project(found[0]["id"], datetime.now(UTC) - timedelta(days=args.older_than), args.folder)
             items = list_items(project, args.project_name, args.older_than)
-        except (RunError, Stays) as error:
+        except (RunError, KeepTask) as error:
             hint = "find the cause: uv run -m clearml_client.doctor"
             what = error.whole() if isinstance(error, RunError) else error
-            print(f"{NAME}: error: {line(what, 1000)}; {hint}", file=sys.stderr)
+            print(f"{NAME}: error: {one_line(what, 1000)}; {hint}", file=sys.stderr)
             return 1
         ready = [item for item in items if not item.reason]
         say(f"To delete: {total(ready)}. To stay: {plural(len(items) - len(ready), 'task')}.")
@@ -508,4 +508,4 @@ if __name__ == "__main__":
         sys.exit(f"{NAME}: stopped; the same command again goes on from here")
     except OSError as error:  # of the output: `| head` has seen enough, or the disk with the log is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"{NAME}: error: {line(error)}")
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"{NAME}: error: {one_line(error)}")

@@ -32,21 +32,32 @@ import dotenv
 
 import clearml_client
 
-clearml_client.load_dotenv()  # before the SDK, which reads variables while it is imported
+clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
 from clearml_client import configuration, sdk, server, storage
-from clearml_client.configuration import ACCESS, FILES, HOST, SECRET, VARIABLES, WEB, in_file, nice, origin, variable
-from clearml_client.faults import (
+from clearml_client.configuration import (
+    ACCESS,
+    FILES,
+    HOST,
+    SECRET,
+    VARIABLES,
+    WEB,
+    display_path,
+    in_file,
+    origin,
+    variable,
+)
+from clearml_client.errors import (
     DENIED,
     PLAIN_PORT,
     TLS_PORT,
     RunError,
-    bounded,
+    call_with_timeout,
     diagnose,
-    hide,
+    escape_unencodable,
     last4,
-    line,
-    print_any_letter,
+    one_line,
+    redact,
 )
 
 AREAS = ("configuration", "server", "storage", "machine")
@@ -91,13 +102,13 @@ def warning(value: str, cure: str, source: str = "") -> Finding:
 def blame(error: BaseException, what: str, source: str = "", cure: str = "") -> RunError:
     """The failure that an error means, in words, with the error's own text."""
     trouble = diagnose(error)
-    return RunError(f"{what}: {trouble.words} ({line(error)})", cure or trouble.cure, source)
+    return RunError(f"{what}: {trouble.words} ({one_line(error)})", cure or trouble.cure, source)
 
 
 def examine(setup: Setup, name: str, check: Check) -> Finding | None:
     """Make one check. Whatever it raises becomes a finding."""
     try:
-        finding = bounded(LIMITS.get(name.partition(":")[0], 15), "time-out", lambda: check(setup))
+        finding = call_with_timeout(LIMITS.get(name.partition(":")[0], 15), "time-out", lambda: check(setup))
     except RunError as error:
         finding = Finding("failed", str(error), error.source, error.cure)
     except Exception as error:
@@ -124,14 +135,14 @@ def unmade(folder: Path) -> Iterator[None]:
 def check_dotenv(_: Setup) -> Finding:
     file = clearml_client.DOTENV
     if clearml_client.dotenv_problem:
-        raise RunError(clearml_client.dotenv_problem, "correct it", nice(file))
+        raise RunError(clearml_client.dotenv_problem, "correct it", display_path(file))
     if not file.is_file() or os.getenv("PYTHON_DOTENV_DISABLED", "0") not in ("0", ""):
-        return ok("none", nice(file.parent))
+        return ok("none", display_path(file.parent))
     values = dotenv.dotenv_values(file, encoding="utf-8-sig").items()
     outside = clearml_client.OUTSIDE
     if beaten := ", ".join(name for name, value in values if value and outside.get(name, value) != value):
-        return warning(f"another value in the environment wins: {beaten}", f"unset {beaten}", nice(file))
-    return ok(f"sets {', '.join(sorted(name for name, value in values if value)) or 'nothing'}", nice(file))
+        return warning(f"another value in the environment wins: {beaten}", f"unset {beaten}", display_path(file))
+    return ok(f"sets {', '.join(sorted(name for name, value in values if value)) or 'nothing'}", display_path(file))
 
 
 def check_file(_: Setup) -> Finding:
@@ -139,10 +150,12 @@ def check_file(_: Setup) -> Finding:
     why = configuration.config_file()[1]
     homes = [Path(os.path.expanduser(name)) for name in ("~/.clearml.conf", "~/clearml.conf")]
     likely = [*homes, clearml_client.DOTENV.with_name("clearml.conf"), Path("clearml.conf")]
-    ignored = {nice(other.absolute()) for other in likely if other.is_file() and other.resolve() != path.resolve()}
-    text = nice(path) if path.is_file() else f"no {nice(path)}"
+    ignored = {
+        display_path(other.absolute()) for other in likely if other.is_file() and other.resolve() != path.resolve()
+    }
+    text = display_path(path) if path.is_file() else f"no {display_path(path)}"
     if ignored - {"~/clearml.conf"} or (ignored and why == "default"):
-        cure = f"mv {min(ignored)} {nice(path)}, or set CLEARML_CONFIG_FILE"
+        cure = f"mv {min(ignored)} {display_path(path)}, or set CLEARML_CONFIG_FILE"
         return warning(f"{text}; {' and '.join(sorted(ignored))} is not read", cure, why)
     return ok(text + "".join(f"; {name} is not read" for name in ignored), why)
 
@@ -150,7 +163,7 @@ def check_file(_: Setup) -> Finding:
 def check_syntax(_: Setup) -> Finding | None:
     path = configuration.config_file()[0]
     configuration.load(path)
-    return ok("parsed", nice(path)) if path.is_file() else None
+    return ok("parsed", display_path(path)) if path.is_file() else None
 
 
 def check_settings(setup: Setup) -> Finding:
@@ -177,7 +190,7 @@ def check_overrides(_: Setup) -> Finding | None:
 def check_cache(_: Setup) -> Finding:
     with unmade(Path(sdk.get_cache_dir())):
         configuration.check_cache()
-    return ok(nice(sdk.get_cache_dir()))
+    return ok(display_path(sdk.get_cache_dir()))
 
 
 # --- server ---------------------------------------------------------------------------------------------------------
@@ -203,7 +216,7 @@ def reach(url: str, source: str, cure: str = "") -> str:
         return f"{url}, through the proxy {used}"
     try:
         port = parts.port or (443 if https else 80)
-        address = bounded(PATIENCE, host, lambda: socket.getaddrinfo(host, port))[0][4][0]
+        address = call_with_timeout(PATIENCE, host, lambda: socket.getaddrinfo(host, port))[0][4][0]
         tls = speaks_tls(host, port)
     except Exception as error:
         raise blame(error, url, source) from error
@@ -306,8 +319,8 @@ def check_file_server_object(setup: Setup) -> Finding | None:
 def prove(uri: str) -> Finding:
     """The run's own proof."""
     begin = time.perf_counter()
-    storage.prove(uri)
-    return ok(f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", nice(uri))
+    storage.check_access(uri)
+    return ok(f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", display_path(uri))
 
 
 def folder_of(uri: str) -> Path:
@@ -328,7 +341,7 @@ def check_target(setup: Setup) -> Finding:
     setup.kind = urlsplit(uri).scheme if uri else "files"
     if setup.kind in ("", "file"):
         setup.kind, folder = "folder", folder_of(uri)
-        return ok(f"folder {nice(folder)}{'' if folder.exists() else ', will be made'}", setup.source)
+        return ok(f"folder {display_path(folder)}{'' if folder.exists() else ', will be made'}", setup.source)
     return ok(uri or "empty: the ClearML server's file server", setup.source)
 
 
@@ -343,7 +356,7 @@ def check_entry(setup: Setup) -> Finding | None:
     if setup.kind != "s3":
         return None
     setup.entry, source = storage.s3_entry(setup.uri)
-    used, path = setup.entry, nice(configuration.config_file()[0])
+    used, path = setup.entry, display_path(configuration.config_file()[0])
     if source:
         return ok(f"{used.host or f'bucket {used.bucket}'}, secure: {used.secure}, verify: {used.verify}", source)
     if not (slip := getattr(used, "missing", None)):
@@ -394,7 +407,7 @@ def azure_credentials(setup: Setup) -> Finding:
     """Never tried against Azure itself."""
     used, key = sdk.azure_entry(setup.uri), "sdk.azure.storage.containers"
     if not used or not (used.account_name and (used.account_key or used.use_default_credential)):
-        file = nice(configuration.config_file()[0])
+        file = display_path(configuration.config_file()[0])
         cure = f"add it to {key} in {file}, or set AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY"
         raise RunError("no account and key for this container", cure)
     return ok(f"{used.account_name}, {reach(f'https://{urlsplit(setup.uri).netloc}', '')}")
@@ -519,7 +532,7 @@ def choose_target(given: str | None, loaded: bool) -> Setup:
 def report(findings: list[Finding], as_json: bool) -> None:
     for finding in findings:
         finding.value, finding.source, finding.cure = (
-            " ".join(hide(text).split()) for text in (finding.value, finding.source, finding.cure)
+            " ".join(redact(text).split()) for text in (finding.value, finding.source, finding.cure)
         )
     cures = {finding.state: f"{finding.name}: {finding.cure}" for finding in reversed(findings) if finding.cure}
     first = cures.get("failed") or cures.get("warning") or ""
@@ -538,7 +551,7 @@ def report(findings: list[Finding], as_json: bool) -> None:
 
 
 def main() -> int:
-    print_any_letter()
+    escape_unencodable()
     args = parse_args()
     logging.getLogger("clearml").handlers = [logging.NullHandler()]  # the findings say it, in words
     logging.getLogger("clearml").propagate = False

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clearml_client.faults import wrong_use
+from clearml_client.errors import UsageError
 
 RANK, RANKS = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 SHARE = slice(RANK, None, RANKS)  # of each batch: with one process, all of it
@@ -39,7 +39,7 @@ def join() -> None:
     for rank, (host, number, arguments) in enumerate(everyone):
         processes[rank] = (host, number)
         if arguments != everyone[0][2]:
-            raise wrong_use(f"rank {rank} has other arguments than rank 0: {' '.join(arguments) or 'none'}")
+            raise UsageError(f"rank {rank} has other arguments than rank 0: {' '.join(arguments) or 'none'}")
 
 
 def share(values: Any) -> Any:

@@ -29,7 +29,7 @@ from clearml import Task
 from tqdm import tqdm
 
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.faults import RunError, bounded, line, plural, print_any_letter, wrong_use
+from clearml_client.errors import RunError, UsageError, call_with_timeout, escape_unencodable, one_line, plural
 
 ranks: Any = None
 if int(os.getenv("WORLD_SIZE", "1")) > 1:  # torchrun's processes; it takes torch, which a run of one does without
@@ -86,7 +86,7 @@ class Ending:
 
     def tell(self, what: str, code: int, seconds: float = 30) -> None:
         """The last line, and the end after so many seconds: ClearML may wait for a server that is gone."""
-        self.code, self.reason = code, line(what, 1000)
+        self.code, self.reason = code, one_line(what, 1000)
         self.last_resort = threading.Timer(seconds, os._exit, [code])
         self.last_resort.daemon = True
         self.last_resort.start()
@@ -143,7 +143,7 @@ class Ending:
             if not self.aborted:
                 task.mark_stopped(force=True, status_message=STOPPED_BY[self.code])
         else:
-            reason = self.reason if isinstance(error, Stopped) else line(f"{type(error).__name__}: {error}", 1000)
+            reason = self.reason if isinstance(error, Stopped) else one_line(f"{type(error).__name__}: {error}", 1000)
             task.mark_failed(status_reason=reason, status_message=reason, force=True)
         task.flush()
 
@@ -175,7 +175,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def guarded_main() -> None:
-        print_any_letter(line_buffering=True)  # a log file shows each line at once
+        escape_unencodable(line_buffering=True)  # a log file shows each line at once
         outlive_readers()
         if ranks and ranks.RANK:
             ranks.obey({*SIGNALS})
@@ -240,11 +240,11 @@ def end_early(error: BaseException) -> NoReturn:
     elif isinstance(error, SystemExit):
         ending.tell(f"error: the script left with sys.exit({error.code!r})", code)
     elif isinstance(error, ValueError) and raised_by_sdk(error):
-        ending.tell(f"error: ClearML: {line(error, 1000)}{hint}", code)
+        ending.tell(f"error: ClearML: {one_line(error, 1000)}{hint}", code)
     elif isinstance(error, OSError) and error.strerror and not error.filename:  # a disk that is full, and the like
         ending.tell(f"error: cannot write into {ending.folder}: {error.strerror}{hint}", code)
     elif isinstance(error, RunError | OSError) or type(error).__name__ == "OutOfMemoryError":
-        ending.tell(f"error: {line(error.whole() if isinstance(error, RunError) else error, 1000)}{hint}", code)
+        ending.tell(f"error: {one_line(error.whole() if isinstance(error, RunError) else error, 1000)}{hint}", code)
     else:  # a defect, and no user's mistake
         traceback.print_exception(error)
         ending.tell(f"error: {type(error).__name__}, see above", code)
@@ -283,9 +283,9 @@ def starting(offline: bool = False, earlier: str = "", queue: str = "") -> Itera
     reason = configuration.why_offline(offline)
     resumed = "" if reason or earlier.startswith("offline-") else earlier
     if reason and queue:
-        raise wrong_use(f"cannot queue: no agent gets an offline session, and it is one, because {reason}")
+        raise UsageError(f"cannot queue: no agent gets an offline session, and it is one, because {reason}")
     if queue and ranks and ranks.NODES > 1:
-        raise wrong_use(f"cannot queue: an agent is one machine, and these are {ranks.NODES}")
+        raise UsageError(f"cannot queue: an agent is one machine, and these are {ranks.NODES}")
     if reason:
         print(f"ClearML: offline session, because {reason}")
         Task.set_offline(True)
@@ -335,7 +335,7 @@ def refuse_finished(task_id: str) -> None:
     if status in ("completed", "closed", "published", "publishing", "deleted"):
         models = [model.url for model in task.models["output"]] if task else []
         where = f"; its model: {', '.join(models)}" if models else ""
-        raise wrong_use(f"cannot resume: the task {task_id} is {status}{where}")
+        raise UsageError(f"cannot resume: the task {task_id} is {status}{where}")
 
 
 @contextmanager
@@ -349,7 +349,7 @@ def leaving(task: Task, queue: str) -> Iterator[None]:
         with watchdog(120, f"the task did not get into the queue {queue}"):
             yield
     except (*sdk.ERRORS, ValueError) as error:
-        reason = f"the task did not get into the queue {queue}: {line(error)}"
+        reason = f"the task did not get into the queue {queue}: {one_line(error)}"
         with suppress(Exception):
             task.mark_failed(status_reason=reason, status_message=reason, force=True)
         raise RunError(reason) from error
@@ -425,9 +425,9 @@ def prove_storage(task: Task, output_uri: str = "") -> Storage:
         return Storage()
     try:
         with watchdog(60, f"no storage at {root}"):
-            bounded(15, f"no storage at {root}", lambda: storage.prove(root))
+            call_with_timeout(15, f"no storage at {root}", lambda: storage.check_access(root))
     except TimeoutError as error:
-        raise RunError(line(error)) from error
+        raise RunError(one_line(error)) from error
     except RunError as error:
         raise RunError(f"no storage at {root}: {error}", error.cure, error.source or source) from error
     root = root.rstrip("/") if "://" in root else f"file://{Path(root).expanduser().absolute()}"
@@ -464,9 +464,9 @@ def delivering(path: Path, address: str, name: str = "model") -> Iterator[None]:
         with watchdog(120 + path.stat().st_size / 1e5, what):
             store = storage.open_store(address) if address else None
             if store:
-                store.look(store.key(address))
+                store.size(store.key(address))
             yield
-            if store and not store.same(store.key(address), path):
+            if store and not store.matches(store.key(address), path):
                 raise RunError(f"{what}: what the store gives back is not what was uploaded")
     except storage.StorageError as error:
         raise RunError(f"{what}: {error}", error.cure, error.source) from error
@@ -474,14 +474,14 @@ def delivering(path: Path, address: str, name: str = "model") -> Iterator[None]:
         raise RunError(f"{what}: {server.refusal(error)}") from error
     except ValueError as error:  # the SDK's "Upload failed": the store may know more
         reason = asked(address) if address else ""
-        raise RunError(f"{what}: {reason or line(error)}") from error
+        raise RunError(f"{what}: {reason or one_line(error)}") from error
 
 
 def asked(address: str) -> str:
     """What a store says that does not work, or nothing."""
     try:
         store = storage.open_store(address)
-        store.look(store.key(address))
+        store.size(store.key(address))
     except RunError as error:
         return str(error)
     return ""
@@ -538,7 +538,7 @@ def look_for_objects(task: Task) -> None:
     for name, url in urls.items():
         if url and task.id in url:  # anything else is a link of somebody's
             store = storage.open_store(url)
-            if store.look(store.key(url)) is None:
+            if store.size(store.key(url)) is None:
                 raise RunError(f"the {name} is not at {url}")
 
 

@@ -19,8 +19,8 @@ from uuid import uuid4
 from clearml import StorageManager
 
 from clearml_client import sdk, server
-from clearml_client.configuration import FILES, VARIABLES, config_file, in_file, nice, origin, variable
-from clearml_client.faults import RunError, diagnose, line
+from clearml_client.configuration import FILES, VARIABLES, config_file, display_path, in_file, origin, variable
+from clearml_client.errors import RunError, diagnose, one_line
 
 GOOD_URI = "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://..., a folder, or nothing"
 ENTRIES = "sdk.aws.s3.credentials"
@@ -69,12 +69,14 @@ def check_uri(text: str) -> None:
     if parts.scheme not in ("", "file") or (parts.scheme == "file" and parts.netloc):
         raise RunError("neither s3://, gs://, azure:// nor a folder whose parent exists", f"write {GOOD_URI}")
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{nice(folder)} is not a folder", "name a folder")
+        raise RunError(f"{display_path(folder)} is not a folder", "name a folder")
     if not folder.exists() and not re.search(r"[/\\]", text):  # more likely a slip: undefined, null, a bucket's name
         raise RunError(f"no folder {text} here", f"write ./{text} if it is to be made, or {GOOD_URI}")
     if not folder.parent.is_dir():
-        cure = f"mkdir -p {nice(folder.parent)}, or mount it"
-        raise RunError(f"neither s3://, gs://, azure:// nor a folder whose parent exists: {nice(folder.parent)}", cure)
+        cure = f"mkdir -p {display_path(folder.parent)}, or mount it"
+        raise RunError(
+            f"neither s3://, gs://, azure:// nor a folder whose parent exists: {display_path(folder.parent)}", cure
+        )
 
 
 def file_server() -> str:
@@ -133,6 +135,10 @@ class Store:
         """Where a probe beside this object goes."""
         return key.rpartition("/")[0]
 
+    def list(self, prefix: str) -> list[str]:
+        """The keys that begin with the prefix. The ClearML file server cannot be listed, and has none."""
+        return []
+
     def tidy(self, key: str, task: str) -> None:
         """Remove what an object leaves behind when it goes: folders, where there are such things."""
 
@@ -154,17 +160,19 @@ class Store:
             if status == 404 and trouble.words != "no such bucket":
                 return None
             kind = "wrong keys" if trouble.words == "no keys" else MEANING.get(status, "refused")
-            reason = f"{self.name}: cannot {verb}: {kind}: {trouble.words} ({line(error)}){server.proxy_note(self.url)}"
+            reason = (
+                f"{self.name}: cannot {verb}: {kind}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
+            )
             if status == 0:
                 self.trouble = reason
             raise StorageError(reason, trouble.cure, self.source, kind) from error
 
-    def look(self, key: str) -> int | None:
+    def size(self, key: str) -> int | None:
         """The object's size in bytes; None where there is none."""
         size: int | None = self.attempt("look", lambda: self._size(key))
         return size
 
-    def same(self, key: str, path: Path) -> bool:
+    def matches(self, key: str, path: Path) -> bool:
         """Whether the object is what the file is, byte for byte. Holds neither in memory."""
 
         def compare() -> bool:
@@ -176,20 +184,20 @@ class Store:
 
         return bool(self.attempt("read", compare))
 
-    def write(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes) -> None:
         """Put the object there; a missing bucket is an error, and is not made. Else StorageError."""
 
-        def put() -> bool:
+        def send() -> bool:
             self._write(key, data)
             return True
 
-        if not self.attempt("write", put):
+        if not self.attempt("write", send):
             self._nowhere()
 
-    def erase(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         """Remove the object and see it gone."""
         self.attempt("delete", lambda: self._remove(key))
-        if self.look(key) is not None:
+        if self.size(key) is not None:
             raise StorageError(f"{self.name}: {key} was deleted, but is still there")
 
     def _nowhere(self) -> NoReturn:
@@ -200,15 +208,15 @@ class Store:
         """That an object with this key can be written, seen, read, compared, deleted and missed. Else StorageError."""
         data = uuid4().hex.encode()
         try:
-            self.write(key, data)
-            if self.look(key) is None:
+            self.put(key, data)
+            if self.size(key) is None:
                 self._nowhere()
             with tempfile.NamedTemporaryFile() as file:
                 file.write(data)
                 file.flush()
-                if not self.same(key, Path(file.name)):
+                if not self.matches(key, Path(file.name)):
                     raise StorageError(f"{self.name}: what comes back is not what was written")
-            self.erase(key)
+            self.delete(key)
         except BaseException:
             with suppress(Exception):  # it may be there, whatever the answer was
                 self._remove(key)
@@ -251,6 +259,11 @@ class S3(Store):
     def _remove(self, key: str) -> None:
         self._s3.delete_object(Bucket=self.bucket, Key=key)
 
+    def list(self, prefix: str) -> list[str]:
+        pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        keys = self.attempt("list", lambda: [item["Key"] for page in pages for item in page.get("Contents", [])])
+        return keys or []
+
 
 class GCS(Store):
     def _size(self, key: str) -> int:
@@ -267,6 +280,10 @@ class GCS(Store):
 
     def _remove(self, key: str) -> None:
         self.client.blob(key).delete(timeout=PATIENCE, retry=None)
+
+    def list(self, prefix: str) -> list[str]:
+        blobs = self.client.list_blobs(prefix=prefix, timeout=PATIENCE)
+        return self.attempt("list", lambda: [blob.name for blob in blobs]) or []
 
 
 class FileServer(Store):
@@ -315,6 +332,9 @@ class Folder(Store):
     def _remove(self, key: str) -> None:
         Path(key).unlink()
 
+    def list(self, prefix: str) -> list[str]:
+        return [str(path) for path in Path(prefix).rglob("*") if path.is_file()]
+
     def parent(self, key: str) -> str:
         return str(next(folder for folder in Path(key).parents if folder.is_dir()))
 
@@ -358,14 +378,14 @@ def s3_entry(uri: str) -> tuple[Any, str]:
     The SDK compares beginnings, and without regard to case: an entry for "minio" or "minio:90" is taken for
     s3://minio:9000, with its own port. Raises RunError where the entry is not this place's, or the nearest has a slip.
     """
-    path, parts = nice(config_file()[0]), urlsplit(uri)
+    path, parts = display_path(config_file()[0]), urlsplit(uri)
     wanted, (host, _, port) = parts.netloc, parts.netloc.partition(":")
     try:
         entries = [{"host": "", "bucket": "", **item} for item in sdk.setting(ENTRIES, None) or []]
         used, listed = sdk.s3_entry(uri)
     except Exception as error:  # of all kinds, for all that can stand there
         cure = f"correct {ENTRIES} in {path}; host is host:port without http://"
-        raise RunError(f"the SDK cannot use {ENTRIES}: {line(error)}", cure, path) from error
+        raise RunError(f"the SDK cannot use {ENTRIES}: {one_line(error)}", cure, path) from error
     if listed:
         same = [(str(item["host"]), str(item["bucket"]).strip("/")) == (used.host, used.bucket) for item in entries]
         place = f"{ENTRIES}[{same.index(True) if True in same else '?'}], {path}"
@@ -422,7 +442,7 @@ def open_s3(uri: str) -> S3:
         raise
     except Exception as error:
         trouble = diagnose(error)
-        raise StorageError(f"{store.name}: {trouble.words} ({line(error)})", trouble.cure, source) from error
+        raise StorageError(f"{store.name}: {trouble.words} ({one_line(error)})", trouble.cure, source) from error
     return store
 
 
@@ -457,13 +477,13 @@ def open_store(uri: str) -> Store:
             return GCS(sdk.uri_base(uri), sdk.gcs_bucket(uri))
         except Exception as error:
             cure = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=key.json"
-            raise StorageError(f"{sdk.uri_base(uri)}: {line(error)}", cure, kind="wrong keys") from error
+            raise StorageError(f"{sdk.uri_base(uri)}: {one_line(error)}", cure, kind="wrong keys") from error
     if scheme == "azure":
         return ByTheSDK("/".join(uri.split("/")[:4]))
     raise StorageError(f"{scheme}:// is no storage that this script knows", f"write {GOOD_URI}")
 
 
-def prove(uri: str) -> None:
+def check_access(uri: str) -> None:
     """That objects below this place can be written, read back, compared and deleted: by a client of our own, which
     knows why not, and by the SDK, which will upload. A folder is made if its parent exists. Else RunError."""
     if not uri.startswith("http"):
@@ -474,7 +494,9 @@ def prove(uri: str) -> None:
         try:
             Path(store.name).mkdir(exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{nice(store.name)} cannot be made: {error.strerror}", "name another folder") from error
+            raise StorageError(
+                f"{display_path(store.name)} cannot be made: {error.strerror}", "name another folder"
+            ) from error
     probe = f"{uri.rstrip('/')}/probe-{uuid4().hex}"
     key = store.key(probe)
     store.prove(key)
@@ -483,13 +505,15 @@ def prove(uri: str) -> None:
         sent.write_bytes(uuid4().hex.encode())
         try:
             StorageManager.upload_file(str(sent), probe, retries=1)
-            arrived = store.same(key, sent)
-            store.erase(key)
+            arrived = store.matches(key, sent)
+            store.delete(key)
         except BaseException as error:
             with suppress(Exception):  # it may be there, whatever the answer was
                 store._remove(key)
             if isinstance(error, ValueError):
-                raise StorageError(f"{store.name}: the SDK cannot write: {line(error)}", source=store.source) from error
+                raise StorageError(
+                    f"{store.name}: the SDK cannot write: {one_line(error)}", source=store.source
+                ) from error
             raise
         if not arrived:
             words = (

@@ -380,7 +380,7 @@ def test_an_object_that_is_still_there_was_not_deleted(tmp_path: Path, monkeypat
     monkeypatch.setattr(storage.Folder, "_remove", lambda *_: None)
     (tmp_path / "model.bin").touch()
     with pytest.raises(storage.StorageError, match="was deleted, but is still there"):
-        storage.Folder(str(tmp_path)).erase(str(tmp_path / "model.bin"))
+        storage.Folder(str(tmp_path)).delete(str(tmp_path / "model.bin"))
 
 
 # --- kill -9, and what changes meanwhile -----------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from clearml_server import ClearMLServer
 from conftest import Machine, copy_script
 
 import clearml_client
-from clearml_client import configuration, faults, sdk
-from clearml_client.faults import RunError
+from clearml_client import configuration, errors, sdk
+from clearml_client.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pyparsing, by the SDK's own parser
 TOKEN = "a-token/that+nobody may see"
@@ -47,7 +47,7 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(clearml_client, "DOTENV", machine.home / ".env")
     monkeypatch.setattr(clearml_client, "dotenv_problem", "")
     monkeypatch.setattr(sdk.config_obj, "_config", None)
-    monkeypatch.setattr(faults, "hidden", dict(faults.hidden))
+    monkeypatch.setattr(errors, "hidden", dict(errors.hidden))
     return machine
 
 
@@ -95,7 +95,7 @@ def test_the_line_of_a_bracket_without_its_other_half(tmp_path: Path, text: str,
 )
 def test_an_env_file_that_is_not_understood_is_named(here: Machine, content: bytes, words: str) -> None:
     (here.home / ".env").write_bytes(content)
-    clearml_client.load_dotenv()
+    clearml_client.prepare_environment()
     with pytest.raises(RunError, match=f"^{here.home}/.env.*{words}"):
         configuration.check()
 
@@ -119,7 +119,7 @@ def test_blanks_and_quotes_around_variables_do_not_count(here: Machine) -> None:
     (here.home / ".env").write_text("AWS_PROFILE=\n")
     given = {"CLEARML_API_HOST": " http://h:1 ", "CLEARML_API_ACCESS_KEY": "a key\n", "AWS_SESSION_TOKEN": '"a token"'}
     os.environ |= given
-    clearml_client.load_dotenv()
+    clearml_client.prepare_environment()
     assert [os.environ[name] for name in given] == ["http://h:1", "a key", "a token"]
     assert "AWS_PROFILE" not in os.environ
 
@@ -129,11 +129,11 @@ def test_a_secret_is_hidden_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CLEARML_API_ACCESS_KEY", "AKIA0123456789ABCD")
     quoted = "a-token%2Fthat%2Bnobody%20may%20see"
     for text in (TOKEN, repr(f"{TOKEN}\n"), f"Invalid header value b'{TOKEN}\\n'", quoted):
-        assert "nobody" not in faults.hide(f"the store said {text}")
-    assert faults.hide("key AKIA0123456789ABCD") == "key ...ABCD"
-    assert faults.hide('near secret_key: "unknown-to-us", {') == 'near secret_key: "***", {'
-    assert faults.hide("https://me:hunter2@host/x") == "https://***@host/x"
-    assert faults.hide("http://me:p@ss@host/a@b") == "http://***@host/a@b"
+        assert "nobody" not in errors.redact(f"the store said {text}")
+    assert errors.redact("key AKIA0123456789ABCD") == "key ...ABCD"
+    assert errors.redact('near secret_key: "unknown-to-us", {') == 'near secret_key: "***", {'
+    assert errors.redact("https://me:hunter2@host/x") == "https://***@host/x"
+    assert errors.redact("http://me:p@ss@host/a@b") == "http://***@host/a@b"
 
 
 def test_a_home_that_cannot_be_written_has_a_cure(machine: Machine, tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_no_home_has_that_cure_too(here: Machine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(here.home)
     with pytest.raises(RunError, match=r"no home folder.*CLEARML_CACHE_DIR"):
         configuration.check_cache()
-    assert configuration.nice("/a/path") == "/a/path"
+    assert configuration.display_path("/a/path") == "/a/path"
     assert list(here.home.iterdir()) == []

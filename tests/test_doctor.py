@@ -19,7 +19,7 @@ from reading import Report
 from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
 
 from clearml_client import doctor, storage
-from clearml_client.faults import RunError
+from clearml_client.errors import RunError
 
 DOCTOR = ("-m", "clearml_client.doctor")
 PROVEN = "ok: written, read, compared, deleted in "
@@ -300,7 +300,7 @@ def test_a_proof_that_fails_leaves_no_object(
 
     monkeypatch.setattr(storage.Folder, step, fail)
     with pytest.raises(RunError, match=words) as refusal:
-        storage.prove(str(tmp_path))
+        storage.check_access(str(tmp_path))
     assert refusal.value.cure
     assert not list(tmp_path.iterdir())
 
@@ -318,7 +318,7 @@ def test_a_probe_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(storage.Folder, "_remove", remove_one)
     with pytest.raises(RunError, match=r"cannot delete.*access denied"):
-        storage.prove(str(tmp_path))
+        storage.check_access(str(tmp_path))
     assert len(keys) > 1
 
 

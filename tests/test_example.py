@@ -85,7 +85,7 @@ def test_env_file_variable_and_option_in_rising_precedence(monkeypatch: pytest.M
 
     def target(*arguments: object, **variables: str) -> str:
         monkeypatch.setattr(os, "environ", variables)
-        clearml_client.load_dotenv()
+        clearml_client.prepare_environment()
         return str(asked(monkeypatch, *arguments).output_uri)
 
     assert target() == str(file)

@@ -37,7 +37,7 @@ from stores import CHECKSUM, FakeGCS, Plug, Rclone, SeaweedFS, Store, free_port
 
 import pytorch_mnist
 from clearml_client import checkpoint
-from clearml_client.faults import RunError
+from clearml_client.errors import RunError
 
 Refused = Callable[..., str]
 LONG = 10_000  # epochs that no test waits for

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "clearml_client"
 FIVE_LINES = """
 import sys
 import clearml_client
-clearml_client.load_dotenv()
+clearml_client.prepare_environment()
 from clearml import Task
 from clearml_client import run
 
@@ -33,18 +33,18 @@ main()
 
 # What each module may import of the package. "" is its __init__.
 ARROWS = {
-    "faults": set(),
+    "errors": set(),
     "sdk": set(),
-    "configuration": {"", "sdk", "faults"},
-    "server": {"sdk", "configuration", "faults"},
-    "storage": {"sdk", "server", "configuration", "faults"},
-    "agent": {"sdk", "server", "configuration", "faults"},
-    "ranks": {"faults"},
-    "run": {"sdk", "server", "storage", "configuration", "faults", "agent", "ranks"},
-    "arguments": {"storage", "faults", "ranks"},
-    "checkpoint": {"run", "faults", "arguments", "ranks"},
-    "doctor": {"", "sdk", "server", "storage", "configuration", "faults"},
-    "cleanup": {"", "sdk", "server", "storage", "configuration", "faults"},
+    "configuration": {"", "sdk", "errors"},
+    "server": {"sdk", "configuration", "errors"},
+    "storage": {"sdk", "server", "configuration", "errors"},
+    "agent": {"sdk", "server", "configuration", "errors"},
+    "ranks": {"errors"},
+    "run": {"sdk", "server", "storage", "configuration", "errors", "agent", "ranks"},
+    "arguments": {"storage", "errors", "ranks"},
+    "checkpoint": {"run", "errors", "arguments", "ranks"},
+    "doctor": {"", "sdk", "server", "storage", "configuration", "errors"},
+    "cleanup": {"", "sdk", "server", "storage", "configuration", "errors"},
     "__init__": set(),
 }
 

@@ -24,7 +24,7 @@ from stores import Rclone
 
 import pytorch_mnist
 from clearml_client.agent import check_repository
-from clearml_client.faults import RunError
+from clearml_client.errors import RunError
 
 NOT_PUSHED = "git commit --quiet --allow-empty --message 'of today'"
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")

@@ -28,7 +28,7 @@ from conftest import FEW, ROOT, Begin, Machine, Run, mnist
 from stores import Plug, Rclone, free_port
 
 import clearml_client
-from clearml_client import arguments, faults, run
+from clearml_client import arguments, errors, run
 
 SCRIPT = ("pytorch_mnist.py", "--dry-run")
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name", "any")
@@ -283,7 +283,7 @@ def aws(code: str, message: str = "", status: int = 400) -> Exception:
     ],
 )
 def test_what_a_store_says_is_understood(error: Exception, words: str) -> None:
-    assert faults.diagnose(error).words == words
+    assert errors.diagnose(error).words == words
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -322,5 +322,5 @@ def test_threads_are_set_unless_the_user_has(
     monkeypatch.setattr(os, "environ", {"PYTHON_DOTENV_DISABLED": "1", **given})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(clearml_client, "cpu_quota", lambda: quota)
-    clearml_client.load_dotenv()
+    clearml_client.prepare_environment()
     assert {name: value for name, value in os.environ.items() if "OMP_" in name} == given | added
