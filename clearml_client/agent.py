@@ -75,3 +75,18 @@ def check_repository(script: Path) -> None:
         raise RunError("an agent cannot apply uncommitted changes of binary files", "commit and push them")
     if others := git("ls-files", "--others", "--exclude-standard", "--directory", str(root)).splitlines():
         print(f"Not at the agent, since git does not track them: {', '.join(others[:5])}{' ...' * (len(others) > 5)}")
+
+
+def requirements(output_uri: str = "") -> list[str]:
+    return []
+
+
+def exclude_lock_from_diff() -> None:
+    """Keep uv.lock, which uv completes in the checkout, out of the uncommitted changes that ClearML stores.
+
+    .gitattributes gives the lock the diff driver `pins`; here, for git as the SDK calls it, that driver shows nothing.
+    """
+    count = int(os.getenv("GIT_CONFIG_COUNT") or 0)
+    os.environ[f"GIT_CONFIG_KEY_{count}"] = "diff.pins.textconv"
+    os.environ[f"GIT_CONFIG_VALUE_{count}"] = "true"
+    os.environ["GIT_CONFIG_COUNT"] = str(count + 1)

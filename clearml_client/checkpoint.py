@@ -1,29 +1,39 @@
-"""Files that are whole or not there, and what --resume needs of them: for scripts that use torch."""
+"""Checkpoints, and --resume: for scripts that use torch."""
 
 import argparse
 import os
 import pickle
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from clearml import Task
 
-from clearml_client import ranks
-from clearml_client.arguments import check_together
-from clearml_client.errors import RunError, one_line
-from clearml_client.run import ending
+from clearml_client.ending import ending
+from clearml_client.errors import RunError, call_with_timeout, one_line
 
-State = dict[str, Any]
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError)
+CHANGEABLE = {"resume", "offline", "queue", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run
+PATIENCE = 5  # seconds for ClearML to send what it has to report
 
 
-def write(state: State, path: Path) -> None:
-    """torch.save, all or nothing: whatever dies meanwhile, the file at `path` is whole. Raises RunError."""
+@dataclass
+class Progress:
+    """How far a run has come. Without --resume: not at all."""
+
+    task: str = ""  # the id
+    epoch: int = 0
+    path: Path | None = None
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+def save_atomically(content: object, path: Path) -> None:
+    """Save with torch.save, all or nothing: whatever dies meanwhile, the file at `path` is whole. Raise RunError."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -33,79 +43,83 @@ def write(state: State, path: Path) -> None:
         raise RunError(f"cannot write {path}: {cause.strerror if cause else one_line(error)}") from error
 
 
-def save(path: Path, parts: dict[str, Any], args: argparse.Namespace, **more: Any) -> None:
-    """The state of each part, of torch's generator, the arguments and more plain values: what --resume goes on from.
+def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dict[str, Any]) -> None:
+    """Save what --resume goes on from: arguments, task id, epoch, the states of all parts and of torch's CPU generator.
 
-    The last line of a run that ends early names it. Raises RunError.
+    What the checkpoint covers is sent to the ClearML server first. The last line of a run that ends early names the
+    file, and the guard removes it once the run is complete. Raise RunError.
     """
-    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    state = {name: part.state_dict() for name, part in parts.items()}
-    write({**state, "generator": torch.get_rng_state(), "args": plain, "model": "", **more}, path)
-    ending.checkpoint, ending.folder = path, path.parent
+    if current := Task.current_task():
+        with suppress(TimeoutError):  # the server is away: ClearML goes on sending, and the end of the run waits for it
+            call_with_timeout(PATIENCE, "ClearML", lambda: current.flush(wait_for_uploads=True))
+    fixed = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"args": fixed, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
+    save_atomically(content, path)
+    ending.checkpoint = path
 
 
-def load(path: Path, net: torch.nn.Module) -> State:
-    """What `save` wrote, and its `path`. Tensors and plain values only: nothing in the file is executed.
+def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Progress]:
+    """Parse the arguments and, with --resume, load the checkpoint, whose arguments are the defaults.
 
-    Raises RunError where it is damaged, no such file, or of another network than this.
-    """
-    try:
-        state: State = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"generator", "args", "model"} - set(state):
-            raise TypeError(f"not a checkpoint of this script, without {', '.join(sorted(missing))}")
-        net.load_state_dict(state["net"])
-    except UNREADABLE as error:
-        raise RunError(f"cannot resume from {path}: {type(error).__name__}: {one_line(error)}") from error
-    return {**state, "path": path}
-
-
-def restore(saved: State, parts: dict[str, Any]) -> None:
-    """Give each part, and torch's generator, the state that `save` had of it, and say so. Of nothing, nothing."""
-    if not saved:
-        return
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    torch.set_rng_state(saved["generator"])
-    session = ", in a new session" if Task.is_offline() else ""
-    if ranks.RANK == 0:
-        print(f"resumed after epoch {saved['epoch']} from {saved['path']}{session}")
-
-
-def parse_args(
-    parser: argparse.ArgumentParser, net: torch.nn.Module, fixed: list[str]
-) -> tuple[argparse.Namespace, State]:
-    """The arguments and, with --resume, the checkpoint that it names, or the newest below --output-dir; else nothing.
-
-    The checkpoint's arguments are the parser's defaults, so that what is given on the command line wins; the parser
-    parses once, since ClearML records what it parses. Exits, as argparse does, where there is no checkpoint, where a
-    `fixed` argument would change, where the run is finished, and where arguments do not go together. Raises RunError
-    where the file is no checkpoint.
+    `--resume` without a path takes the newest checkpoint below --output-dir. Exit as argparse does where there is
+    none, where the run is finished, where another argument is given than the run began with, and where this machine
+    lacks the --device; with code 1 where the file is no checkpoint.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--resume", nargs="?", const="")
     first.add_argument("--output-dir", type=Path, default=parser.get_default("output_dir"))
     given, _ = first.parse_known_args()
     if given.resume is None:
-        args = parser.parse_args()
-        check_together(parser, args)
-        return args, {}
+        args = parser.parse_args()  # once: ClearML records what it parses
+        check_device(parser, args)
+        return args, Progress()
     newest = max(given.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
     path = Path(given.resume) if given.resume else newest
     if path is None:
         parser.error(f"argument --resume: no checkpoint below {given.output_dir}")
-    saved = load(path, net)
-    parser.set_defaults(**{name: value for name, value in saved["args"].items() if name not in vars(given)})
+    model = path.with_name("model.pt")
+    if not path.exists() and model.exists():
+        parser.error(f"argument --resume: this run is finished, and its checkpoint was removed; its model: {model}")
+    try:  # tensors and plain values only: nothing in the file is executed
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        began = content["args"]
+        states = {**content["states"], "generator": content["generator"]}
+        progress = Progress(content["task"], content["epoch"], path, states)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
+    parser.set_defaults(**began)
     args = parser.parse_args()
-    check_together(parser, args)
-    for name in fixed:
-        if getattr(args, name) != (began := saved["args"][name]):
-            parser.error(f"argument --resume: --{name.replace('_', '-')} was {began}, and cannot change now")
-    if saved["model"]:
-        parser.error(f"argument --resume: this run is finished, its model: {saved['model']}")
-    ending.checkpoint, ending.folder = path, path.parent
-    return args, saved
+    check_device(parser, args)
+    for name, value in began.items():
+        if getattr(args, name, value) != value:
+            parser.error(f"argument --resume: --{name.replace('_', '-')} was {value}, and cannot change now")
+    return args, progress
 
 
-def mark_finished(path: Path, model: str) -> None:
-    """Write into a checkpoint where the model of its run is: from here on it is not resumed."""
-    write({**torch.load(path, map_location="cpu", weights_only=True), "model": model}, path)
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit as argparse does where this machine lacks the --device; one for a queue is the agent's."""
+    try:
+        torch.empty(1, device="cpu" if args.device == "auto" or args.queue else args.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # depends on the device's kind
+        reason = one_line(error).split(". ")[0]
+        parser.error(f"argument --device: no device {args.device!r} on this machine: {reason}")
+
+
+def restore(progress: Progress, parts: dict[str, Any]) -> None:
+    """Give each part, and torch's CPU generator, the state that `save` found. Do nothing without --resume.
+
+    Raise RunError where a state is another network's.
+    """
+    if not progress.path:
+        return
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(progress.states[name])
+        torch.set_rng_state(progress.states["generator"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"cannot resume from {progress.path}: {type(error).__name__}: {one_line(error)}") from error
+    ending.checkpoint = progress.path
+    new = ", in a new session, which begins there" if Task.is_offline() else ""
+    print(f"resumed after epoch {progress.epoch} from {progress.path}{new}")

@@ -1,0 +1,216 @@
+"""How a run ends, whoever ends it: the script, a signal, an abort in the web UI, or a call that does not come back."""
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clearml import Task
+
+from clearml_client import sdk, server
+from clearml_client.errors import one_line
+
+STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
+STOPS |= {"SIGXCPU": "out of CPU time"}  # the last three are what batch systems send
+SIGNALS = {getattr(signal, name): words for name, words in STOPS.items() if hasattr(signal, name)}
+LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
+SCRIPT = Path(sys.argv[0])
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop. No `except Exception` on its way swallows it."""
+
+
+class Ending:
+    """The one end of a run. Who says it first decides how it ends."""
+
+    def __init__(self) -> None:
+        self.checkpoint: Path | None = None  # to go on from
+        self.used = False  # by a guard
+        self.aborted = False  # in the web UI
+        self.unwinding = threading.Event()  # the main thread is on its way out
+        self.saying, self.settling = threading.Lock(), threading.Lock()
+        self.code, self.status, self.reason = 0, "", ""
+
+    def say(self, what: str, code: int, status: str, hint: str = "", seconds: float = 30) -> bool:
+        """Print the last line, and see that the process ends in so many seconds. Return False if it was said before."""
+        if not self.saying.acquire(blocking=False):
+            return False
+        self.code, self.status, self.reason = code, status, one_line(what, 1000)
+        last_resort = threading.Timer(seconds, abandon, [code])
+        last_resort.daemon = True
+        last_resort.start()
+        with suppress(OSError, ValueError):
+            print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
+        return True
+
+    def saved(self) -> str:
+        """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""
+        if not self.checkpoint or not Task.running_locally():
+            return ""
+        return "; saved, and to go on: " + command(SCRIPT, "--resume", self.checkpoint)
+
+    def settle(self) -> None:
+        """Give the task its status by public calls: the SDK's own way out sets another, and may wait for ever."""
+        if not self.settling.acquire(blocking=False) or not (task := Task.current_task()):
+            return
+        with suppress(Exception):  # the line is said, and the server may be what failed
+            if task.is_offline():
+                task.close()
+                return
+            sdk.forget_exit_handler(task)
+            server.ping()  # or the calls would wait
+            if self.status == "failed":
+                task.mark_failed(status_reason=self.reason, status_message=self.reason, force=True)
+            elif not self.aborted:
+                task.mark_stopped(force=True, status_message=self.reason)
+            task.flush()
+
+    def hang(self, what: str, seconds: float) -> None:
+        """End a run that waits for something for too long."""
+        folder = self.checkpoint.parent if self.checkpoint else Path(tempfile.gettempdir())
+        stacks = folder / f"stacks-{os.getpid()}.txt"
+        with open(stacks, "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        what = f"error: {what}: no answer for {seconds:g} s; where each thread stands is in {stacks}"
+        if self.say(what, 1, "failed", seconds=5):
+            self.settle()
+            abandon(1)
+
+
+ending = Ending()
+
+
+def command(*words: object) -> str:
+    return "uv run " + " ".join(map(str, words))
+
+
+def abandon(code: int) -> None:
+    """End the process and its workers without waiting for anything."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+@contextmanager
+def limit(seconds: float, what: str) -> Iterator[None]:
+    """End the process, with exit code 1 and the stacks of all threads in a file, where the block takes longer."""
+    timer = threading.Timer(seconds, ending.hang, [what, seconds])
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # where even the interpreter's lock is held
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Watcher:
+    """A thread that sees signals, an abort in the web UI, and a call of the SDK that does not come back.
+
+    The number of a signal arrives in a socket, whatever the main thread waits for. Then the main thread is interrupted,
+    so that `finally` and `atexit` do their work; where it does not react, the watcher ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.receiver, self.sender = socket.socketpair()
+        self.receiver.settimeout(0.2)
+        self.sender.setblocking(False)
+        self.open, self.raising, self.own_signals = True, False, 0
+        self.earlier = {number: signal.getsignal(number) for number in SIGNALS}
+        if self.earlier[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+            del self.earlier[signal.SIGHUP]
+        self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        self.listen()
+        os.register_at_fork(after_in_child=self.leave_child_alone)
+        threading.Thread(target=self.watch, daemon=True, name="guard").start()
+
+    def listen(self, *_: object) -> None:
+        """Handle a signal in the main thread. The watcher has it already, and says when to stop."""
+        for number in self.earlier:  # again: Task.init has handlers of its own
+            signal.signal(number, self.listen)
+        if self.raising:
+            self.raising = False  # once: what runs then must not be interrupted
+            raise Stopped
+
+    def interrupt(self) -> None:
+        """Have `listen` called in the main thread, also where it waits."""
+        self.own_signals += 1
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def leave_child_alone(self) -> None:
+        """In a forked process, signals are its own; but Ctrl-C is this process's, which ends its workers."""
+        if self.open:
+            signal.set_wakeup_fd(-1)
+            for number, earlier in self.earlier.items():
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else earlier)
+
+    def close(self) -> None:
+        self.open = False
+        signal.set_wakeup_fd(self.earlier_fd)
+        for number, earlier in self.earlier.items():
+            signal.signal(number, earlier)
+        self.sender.close()
+
+    def watch(self) -> None:
+        task: Task | None = None
+        call, since = "", 0.0
+        while True:
+            try:
+                if not (received := self.receiver.recv(1)):
+                    return  # closed
+                self.receive(received[0])
+            except TimeoutError:
+                pass
+            if (now := call_in_main_thread()) != call:
+                call, since = now, time.monotonic()
+            elif call and time.monotonic() - since > LIMITS[call]:
+                ending.hang(f"Task.{call} waits for the ClearML server", LIMITS[call])
+            if not task and not call and (task := Task.current_task()):
+                self.interrupt()  # to listen again
+                if not task.is_offline():
+                    task.register_abort_callback(self.abort)
+
+    def receive(self, number: int) -> None:
+        if number == signal.SIGUSR1 and self.own_signals:
+            self.own_signals -= 1
+        elif number in SIGNALS:
+            words = "aborted in the web UI" if ending.aborted else SIGNALS[signal.Signals(number)]
+            if ending.say(words, 128 + number, "stopped", seconds=8):
+                self.stop_main_thread()
+
+    def stop_main_thread(self) -> None:
+        deadline = time.monotonic() + 4
+        while call_in_main_thread() == "init" and time.monotonic() < deadline:
+            time.sleep(0.1)  # half made, a task could not be marked as stopped
+        self.raising = True
+        self.interrupt()
+        if not ending.unwinding.wait(2):
+            ending.settle()
+            atexit._run_exitfuncs()
+            abandon(ending.code)
+
+    def abort(self) -> None:
+        """Be the SDK's callback, after which it would kill the process."""
+        ending.aborted = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+
+def call_in_main_thread() -> str:
+    """Return the method of clearml.Task that the main thread is in, of those that have a limit."""
+    for frame, _ in traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident or 0)):
+        if frame.f_code.co_name in LIMITS and frame.f_code.co_filename == sys.modules[Task.__module__].__file__:
+            return frame.f_code.co_name
+    return ""
