@@ -16,8 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,6 +31,7 @@ from botocore.config import Config
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+Rule = Callable[[BaseHTTPRequestHandler, int], "tuple[int, str] | None"]  # the status and code of a refusal
 BIN = Path(sys.executable).parent
 KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 
@@ -291,3 +295,47 @@ class Plug:
                         self.listener.close()
                         for end in (source, sink):
                             end.shutdown(socket.SHUT_RDWR)
+
+
+class Front:
+    """A port before a store's that passes every request on, but for what a rule refuses.
+
+    The rule gets the request, and its status: 0 before it is passed on, the store's afterwards.
+    """
+
+    def __init__(self, store: Store, refuse: Rule, seconds: float = 0) -> None:
+        class Request(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                time.sleep(seconds)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                refused = refuse(self, 0)
+                if not refused:
+                    with closing(HTTPConnection("127.0.0.1", store.port)) as there:
+                        there.request(self.command, self.path, body, dict(self.headers))
+                        reply = there.getresponse()
+                        status, headers, content = reply.status, dict(reply.getheaders()), reply.read()
+                    refused = refuse(self, status)
+                if refused:
+                    status, headers = refused[0], {}
+                    content = f"<Error><Code>{refused[1]}</Code><Message>{refused[1]}</Message></Error>".encode()
+                self.send_response_only(status)
+                headers.pop("Transfer-Encoding", None)
+                for header in ({"Content-Length": str(len(content))} | headers | {"Connection": "close"}).items():
+                    self.send_header(*header)
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else content)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
+        self.host = f"127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

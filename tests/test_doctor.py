@@ -6,17 +6,19 @@ says. What an error of a store means is in test_setups.py.
 
 import errno
 import re
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clearml import StorageManager
 from clearml_server import ClearMLServer
 from conftest import Machine, copy_script, silent
 from reading import Report
-from stores import CHECKSUM, FakeGCS, Rclone, S3Store, SeaweedFS, Store, free_port
+from stores import CHECKSUM, FakeGCS, Front, Rclone, Rule, S3Store, SeaweedFS, Store, free_port
 
 from clearml_client import doctor, storage
 from clearml_client.errors import RunError
@@ -95,8 +97,6 @@ def test_what_two_files_and_variables_say_together(ask: Ask, machine: Machine, s
     assert report["configuration: file"].startswith("ok: ~/other.conf; ~/clearml.conf is not read")
     whole = r"ok: .*\[api.api_server, ~/other.conf; CLEARML_API_ACCESS_KEY, environment; CLEARML_API_SECRET_KEY"
     assert re.match(whole, report["configuration: ClearML server"])
-    beats = "warning: CLEARML_API_SECRET_KEY beats api.credentials.secret_key .*unset CLEARML_API_SECRET_KEY"
-    assert re.match(beats, report["configuration: overrides"])
     assert report["storage: target"].startswith("ok")
 
 
@@ -122,8 +122,7 @@ def test_a_server_that_is_well(ask: Ask, machine: Machine, server: ClearMLServer
     machine.configure(server.configuration(), f'{setting}: "{server.files_url}"')
     report = ask("configuration", "server", "storage", uri="")
     assert re.match("ok: access key ...-key is user tester .*~/clearml.conf", report["server: keys"])
-    assert re.match("ok: server 2.3.0 with API 2.34, SDK 2.", report["server: version"])
-    assert report["server: file server's object"].startswith(PROVEN)
+    assert re.match("ok: http.*/ .*files_server, ~/clearml.conf|ok: http", report["server: file server"])
     assert report["storage: target"].startswith(f"ok: {server.files_url} [{setting}, ~/clearml.conf]")
     assert report["storage: object"].startswith(PROVEN)
     assert report.well
@@ -144,17 +143,8 @@ def test_a_file_server_that_is_down_is_a_failure_where_the_run_uses_it(
         assert "this run stores nothing there" in report["server: file server"]
         assert report.code == 0
     else:
-        assert report["server: file server's object"].startswith("skipped")
         assert report["storage: target"].startswith("ok: empty: the ClearML server's file server [default]")
         assert report["storage: object"].startswith("failed")
-
-
-@pytest.mark.parametrize(("theirs", "words"), [("2.0", "this SDK cannot talk to it"), ("2.10", "knows newer calls")])
-def test_a_server_that_is_older_than_the_sdk(theirs: str, words: str) -> None:
-    found = doctor.examine(doctor.Setup("", "", claims={"api_version": theirs}), "version", doctor.check_version)
-    assert found
-    assert words in found.value
-    assert found.cure == "update the server"
 
 
 # --- stores ---------------------------------------------------------------------------------------------------------
@@ -169,11 +159,13 @@ def stores(rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS)
 
 
 NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
-LAB = f"[lab]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {Store.secret_key}\n"
-PLAIN_URL = {"AWS_ENDPOINT_URL": "http://{host}"}
-NO_EMULATOR = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
+ROLE = {**NOBODY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/any", "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such"}
+GOOGLE = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
+GOOGLE_KEY = {**GOOGLE, "GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account"}'}
+PROFILES = f"[lab]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {Store.secret_key}\n"
+SSO = "sso_account_id = 1\nsso_role_name = any\nsso_region = eu-west-1\nsso_start_url = https://sso.invalid\n"
 PLAIN, TLS = "TLS spoken to a plain port", "plain HTTP spoken to a TLS port"
-CHUNKS = "failed: .*checksum not understood .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+BOTH = "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
 
 # A store; what is changed in its entry of clearml.conf, None for variables alone; target, variables; check, finding
 Tried = tuple[str, dict[str, Any] | None, str, dict[str, str], str, str]
@@ -183,13 +175,18 @@ STORES: list[Tried] = [
     ("tls", {}, "{uri}", CHECKSUM, "endpoint", "ok: https://"),
     ("tls", None, "s3://models/a/path", {}, "credentials", "ok: boto3 finds env, access key ...4321"),
     ("rclone", None, "s3://models", {**NOBODY, "AWS_PROFILE": "lab"}, "credentials", "ok: .* shared-credentials-file"),
-    ("gcs", None, "{uri}", {}, "credentials", r"ok: .*emulator .*\[STORAGE_EMULATOR_HOST, environment"),
+    ("gcs", None, "{uri}", {}, "credentials", r"ok: http.*\[STORAGE_EMULATOR_HOST, environment"),
     ("tls", {"verify": "/no/such"}, "{uri}", {}, "bucket", "failed: .*certificate file missing .*/path/ca.pem"),
-    ("tls", {}, "{uri}", {}, "object", CHUNKS),
-    ("tls", None, "s3://models", PLAIN_URL, "endpoint", f"failed: .*{TLS} .AWS_ENDPOINT_URL, .* write https:"),
+    ("tls", {}, "{uri}", {}, "object", f"failed: .*checksum not understood .*{BOTH}"),
+    ("tls", None, "s3://models", {"AWS_ENDPOINT_URL": "http://{host}"}, "endpoint", f"failed: .*{TLS} .AWS_.* https:"),
+    ("rclone", None, "s3://models", {"AWS_ENDPOINT_URL": "{host}"}, "credentials", "failed: .*write http:// or https:"),
     ("rclone", None, "s3://models", {**NOBODY, "AWS_PROFILE": "lib"}, "credentials", "failed: .*correct AWS_PROFILE"),
+    ("rclone", None, "s3://models", {**NOBODY, "AWS_PROFILE": "sso"}, "credentials", "failed: .*aws sso login --pro"),
     ("rclone", None, "s3://models", NOBODY, "credentials", "failed: .*no keys.*AWS_ACCESS_KEY_ID"),
-    ("gcs", None, "gs://models", NO_EMULATOR, "credentials", "failed: .*gcloud auth application-default login"),
+    ("rclone", None, "s3://models", ROLE, "credentials", "failed: .*missing.*AWS_WEB_IDENTITY_TOKEN_FILE"),
+    ("rclone", {"host": "h:1"}, "s3://models", NOBODY, "credentials", "failed: .*no keys.*AWS_ACCESS_KEY_ID"),
+    ("gcs", None, "gs://models", GOOGLE, "credentials", "failed: .*gcloud auth application-default login"),
+    ("gcs", None, "gs://models", GOOGLE_KEY, "credentials", "failed: .*holds the key itself; write it to a file"),
 ]
 
 
@@ -199,24 +196,93 @@ def test_what_a_store_says(ask: Ask, machine: Machine, stores: dict[str, Store],
     store = stores[name]
     places = {"host": store.host, "uri": store.uri("a/path")}
     (machine.home / ".aws").mkdir()
-    (machine.home / ".aws/credentials").write_text(LAB)
-    if entry is None:
-        variables = store.environment() | {key: value.format(**places) for key, value in variables.items()}
-    elif isinstance(store, S3Store):
+    (machine.home / ".aws/credentials").write_text(PROFILES)
+    (machine.home / ".aws/config").write_text(f"[profile sso]\n{SSO}")
+    if isinstance(store, S3Store) and entry is not None:
         machine.configure(store.clearml_conf(**entry))
+    elif not variables.get("GOOGLE_APPLICATION_CREDENTIALS"):
+        replaced = {key: value.replace("{host}", store.host) for key, value in variables.items()}
+        variables = store.environment() | replaced
     report = ask("storage", uri=uri.format(**places), **variables)
     assert re.match(words, report[f"storage: {check}"])
-    assert report["storage: object"].startswith("ok: written") == report.well
-    assert report.well == (not words.startswith("failed"))
-    if not report.well:
-        assert report.cure.startswith(f"storage: {check}: ")
+    proven_or_told(report, f"storage: {check}" if words.startswith("failed") else "")
 
 
-def test_azure_without_credentials(ask: Ask) -> None:
+def proven_or_told(report: Report, failed: str) -> None:
+    assert report.well == report["storage: object"].startswith(PROVEN) == (not failed)
+    assert report.cure.startswith(f"{failed}: ") if failed else report.code == 0
+
+
+def no_list(request: BaseHTTPRequestHandler, status: int) -> tuple[int, str] | None:
+    """Without s3:ListBucket what is not there is forbidden."""
+    return (403, "AccessDenied") if status == 404 or "list-type" in request.path else None
+
+
+def encrypted(request: BaseHTTPRequestHandler, _: int) -> tuple[int, str] | None:
+    encrypts = request.headers["x-amz-server-side-encryption"] == "AES256"
+    return (403, "AccessDenied") if request.command == "PUT" and not encrypts else None
+
+
+def no_checksum(command: str) -> Rule:
+    def refuse(request: BaseHTTPRequestHandler, _: int) -> tuple[int, str] | None:
+        unknown = [name for name in request.headers if name.startswith("x-amz-checksum")]
+        return (400, f"Unsupported header {unknown}") if unknown and request.command == command else None
+
+    return refuse
+
+
+def object_admin(request: BaseHTTPRequestHandler, _: int) -> tuple[int, str] | None:
+    """Of Google's role storage.objectAdmin: the bucket's own record is not for it."""
+    return (403, "Forbidden") if re.search("/b/models($|[?])", request.path) else None
+
+
+WITHOUT = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+ENCRYPT = {"extra_args": {"ServerSideEncryption": "AES256"}}
+# A rule of the store's; seconds for each answer; what is changed in its entry, or variables; what is found.
+RULES: list[tuple[Rule, float, dict[str, Any], str, str]] = [
+    (no_list, 0, {}, "object", "ok"),
+    (object_admin, 0, {}, "object", "ok"),
+    (encrypted, 0, ENCRYPT, "object", "ok"),
+    (encrypted, 0, {}, "object", "failed: cannot write: .*access denied"),
+    (lambda *_: None, 1.5, {}, "object", "ok"),
+    (no_checksum("PUT"), 0, {}, "object", f"failed: .*{BOTH}"),
+    (no_checksum("GET"), 0, {}, "object", f"failed: .*{BOTH}"),
+    (no_checksum("PUT"), 0, WITHOUT, "object", "ok"),
+    (no_checksum("GET"), 0, WITHOUT, "object", "ok"),
+    (
+        lambda *_: (403, "SecondLevelDomainForbidden"),
+        0,
+        {},
+        "bucket",
+        "failed: .*addressing_style = virtual under s3 =",
+    ),
+    (lambda *_: (403, "SignatureDoesNotMatch"), 0, {}, "bucket", f"failed: .*correct the secret key, or.*{BOTH}"),
+]
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_store_with_rules_of_its_own(
+    ask: Ask, machine: Machine, stores: dict[str, Store], case: tuple[Rule, float, dict[str, Any], str, str]
+) -> None:
+    rule, seconds, change, check, words = case
+    variables = {name: value for name, value in change.items() if name.isupper()}
+    store = stores["gcs" if rule is object_admin else "rclone"]
+    with Front(store, rule, seconds) as front:
+        uri = store.uri("a/path").replace(store.host, front.host)
+        if isinstance(store, S3Store):
+            entry = {name: value for name, value in change.items() if name.islower()}
+            machine.configure(store.clearml_conf(host=front.host, **entry))
+        else:
+            variables["STORAGE_EMULATOR_HOST"] = f"http://{front.host}"
+        report = ask("storage", uri=uri, **variables)
+    assert re.match(words, report[f"storage: {check}"])
+    proven_or_told(report, f"storage: {check}" if words.startswith("failed") else "")
+
+
+def test_azure_without_its_package(ask: Ask) -> None:
     """As far as that goes without Azure: azure-storage-blob is not among the tests' packages."""
     report = ask("storage", uri="azure://account.blob.core.windows.net/container/path")
-    assert re.search("uv sync --group azure|AZURE_STORAGE_ACCOUNT", report.cure)
-    assert report["storage: object"].startswith("skipped")
+    assert report.cure.startswith("storage: credentials: uv sync --group azure")
 
 
 @pytest.mark.parametrize(
@@ -245,15 +311,17 @@ ADDRESSES = [
     ("https://{host}", "address", PLAIN, "write {api}"),
     ("http://{secure}", "address", TLS, "write https://{secure}"),
     ("https://{secure}", "API", "certificate not trusted", "api.verify_certificate.*REQUESTS_CA_BUNDLE"),
+    ("{store}", "API", "something else", "port 8008"),
 ]
 
 # What is wrong with the entry in clearml.conf; what is said of it; its cure.
 ENTRIES = [
-    ({"host": "127.0.0.1"}, "the port is missing", 'write host: "{store_host}"'),
-    ({"host": "127.0.0.1:1"}, "has another port", "one and the same host:port"),
-    ({"host": "store.example:9000"}, "is another host", 'add an entry with host: "{store_host}"'),
+    ({"host": "127.0.0.1"}, "is taken for {store_host}", 'write host: "{store_host}"'),
+    ({"host": "127.0.0.1:1"}, "there is one for '127.0.0.1:1'", 'add one with host: "{store_host}"'),
+    ({"key": None}, "dropped in silence", "use_credentials_chain"),
     ({"host": "http://127.0.0.1:1"}, "the SDK cannot use", "without http://"),
     ({"bucket": "mod"}, "bucket 'mod' is taken for", "write the whole name"),
+    ({"pasted": True}, "they stand at sdk.sdk.aws.s3.credentials", "at the end of the file, outside all braces"),
 ]
 
 
@@ -265,77 +333,65 @@ def test_neither_a_wrong_address_nor_a_wrong_entry_hides_the_other(
     rclone: Rclone,
     rclone_tls: Rclone,
     address: tuple[str, str, str, str],
-    entry: tuple[dict[str, str], str, str],
+    entry: tuple[dict[str, Any], str, str],
 ) -> None:
     places = {"api": server.api_url, "host": server.api_url.partition("//")[2], "secure": rclone_tls.host}
     places |= {"store": rclone.endpoint, "store_host": rclone.host}
     host, check, words, cure = (text.format(**places) for text in address)
     change, entry_words, entry_cure = entry
-    machine.configure(server.configuration(), rclone.clearml_conf(**change))
+    conf = rclone.clearml_conf(**change).replace("sdk { aws", "sdk { sdk { aws" if "pasted" in change else "sdk { aws")
+    machine.configure(server.configuration(), conf + ("}" if "pasted" in change else ""))
     report = ask("server", "storage", uri=rclone.uri("runs"), CLEARML_API_HOST=host)
     assert re.match(f"failed: .*{words}.*CLEARML_API_HOST, environment", report[f"server: {check}"])
     assert re.search(cure, report.cure)
     assert report["server: keys"].startswith("skipped")
     assert report["server: file server"].startswith("ok")
-    assert re.match(f"failed: .*{entry_words}.*~/clearml.conf", report["storage: entry"])
+    assert re.match(f"failed: .*{entry_words.format(**places)}.*~/clearml.conf", report["storage: entry"])
     assert entry_cure.format(**places) in report["storage: entry"]
     assert report["storage: object"].startswith("skipped")
 
 
+# --- nothing is left behind -------------------------------------------------------------------------------------------
+Fail = Callable[..., Any]
+
+
+def full_disk(file: str, address: str, **_: Any) -> None:
+    Path(address.removeprefix("file://")).touch()  # as a write has done that finds no room
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def slow(file: str, address: str, upload: Fail = StorageManager.upload_file, **_: Any) -> None:
+    time.sleep(0.5)
+    upload(file, address)
+
+
+def no_permission(*_: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def silent_read(*_: Any) -> Iterator[bytes]:
+    raise TimeoutError("timed out")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
 @pytest.mark.parametrize(
-    ("step", "error", "words"),
+    ("owner", "step", "action", "words", "left"),
     [
-        ("_write", OSError(errno.ENOSPC, "No space left on device"), "cannot write: refused: quota"),
-        ("_chunks", TimeoutError("timed out"), "cannot read.*time-out"),
+        (StorageManager, "upload_file", full_disk, "cannot write: refused: quota", 0),
+        (StorageManager, "upload_file", slow, r"cannot write: no answer: time-out .*no answer for 0.2 s", 0),
+        (storage.Folder, "_chunks", silent_read, "cannot read.*time-out", 0),
+        (storage.Folder, "_remove", no_permission, "cannot delete.*access denied", 1),
     ],
-    ids=["a full disk", "a disk that does not answer"],
 )
-def test_a_proof_that_fails_leaves_no_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: OSError, words: str
+def test_a_check_that_fails_leaves_no_object_if_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, step: str, action: Fail, words: str, left: int
 ) -> None:
-    def fail(_: storage.Folder, key: str, *__: object) -> Iterator[bytes]:
-        Path(key).touch()  # as a write has done that finds no room
-        raise error
-
-    monkeypatch.setattr(storage.Folder, step, fail)
+    monkeypatch.setattr(owner, step, action)
+    monkeypatch.setattr(storage, "STEP", 0.2 if action is slow else 30)
     with pytest.raises(RunError, match=words) as refusal:
         storage.check_access(str(tmp_path))
     assert refusal.value.cure
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_probe_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the SDK's, which comes second."""
-    own, keys = storage.Folder._remove, list[str]()
-
-    def remove_one(store: storage.Folder, key: str) -> None:
-        keys.append(key)
-        if len(keys) > 1:
-            raise PermissionError("Permission denied")
-        own(store, key)
-
-    monkeypatch.setattr(storage.Folder, "_remove", remove_one)
-    with pytest.raises(RunError, match=r"cannot delete.*access denied"):
-        storage.check_access(str(tmp_path))
-    assert len(keys) > 1
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_proof_that_is_given_up_leaves_no_object(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    probe, own = machine.home / "probe", storage.Folder._remove
-
-    def remove_late(store: storage.Folder, key: str) -> None:
-        time.sleep(0.5)
-        own(store, key)
-
-    monkeypatch.setenv("HOME", str(machine.home))
-    monkeypatch.setattr(storage.Folder, "_remove", remove_late)
-    monkeypatch.setitem(doctor.LIMITS, "storage", 0.1)
-    monkeypatch.setattr(sys, "argv", ["doctor", "--only", "storage", "--output-uri", str(probe)])
-    assert doctor.main() == 1
-    assert re.search("failed +storage: object .*time-out: no answer for 0.1 s", capsys.readouterr().out)
-    assert not probe.exists()
+    for thread in threading.enumerate():
+        if thread.name == "bounded":  # given up
+            thread.join()
+    assert len([*tmp_path.iterdir()]) == left
