@@ -5,8 +5,8 @@
     uv run -m clearml_client.doctor --only storage --json               # one part; for machines
 
 A line for each check: ok, warning, failed or skipped, what was found, and where it came from. These are the run's own
-checks, taken apart and explained: what fails here fails there, for the same reason. Nothing is trained and nothing is
-left behind: one small object is written where the model will go, read back, compared and deleted.
+checks, taken apart and explained. Nothing is trained and nothing is left behind: one small object is written where the
+model will go, read back, compared and deleted.
 """
 
 import argparse
@@ -111,7 +111,6 @@ def unmade(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
-# --- configuration --------------------------------------------------------------------------------------------------
 def check_dotenv(_: Setup) -> Found:
     file = clearml_client.DOTENV
     if clearml_client.dotenv_problem:
@@ -127,8 +126,8 @@ def check_dotenv(_: Setup) -> Found:
 
 def check_file(_: Setup) -> Found:
     path, why = configuration.find_file(), configuration.config_file()[1]
-    homes = [Path(os.path.expanduser(name)) for name in ("~/.clearml.conf", "~/clearml.conf")]
-    likely = [*homes, clearml_client.DOTENV.with_name("clearml.conf"), Path("clearml.conf")]
+    names = ("~/.clearml.conf", "~/clearml.conf", "clearml.conf", clearml_client.DOTENV.with_name("clearml.conf"))
+    likely = [Path(os.path.expanduser(name)) for name in names]
     others = {other.absolute() for other in likely if other.is_file() and other.resolve() != path.resolve()}
     ignored = sorted(map(display_path, others))
     text = f"{'' if path.is_file() else 'no '}{display_path(path)}"
@@ -150,8 +149,8 @@ def check_settings(setup: Setup) -> Found:
         return "runs are recorded offline", variable("CLEARML_OFFLINE_MODE"), "unset CLEARML_OFFLINE_MODE"
     if setup.offline:
         setup.offline = "no server is configured"
-        cure = "uv run clearml-init writes ~/clearml.conf, if you have a server"
-        return "no configuration: runs are recorded offline", "default", cure
+        words = "no configuration: runs are recorded offline"
+        return words, "default", "uv run clearml-init writes ~/clearml.conf, if you have a server"
     key = last4(configuration.setting(ACCESS))
     return f"{configuration.setting(HOST)}, access key {key}, secret key set", origins(HOST, ACCESS, SECRET)
 
@@ -162,7 +161,6 @@ def check_cache(_: Setup) -> Found:
     return display_path(sdk.get_cache_dir()), ""
 
 
-# --- server ---------------------------------------------------------------------------------------------------------
 def origins(*keys: str) -> str:
     return "; ".join(dict.fromkeys(map(origin, keys)))
 
@@ -175,22 +173,19 @@ def reach(url: str, source: str, cure: str = "") -> str:
         raise RunError(f"{url}: no address", "write http://host:port or https://host", source)
     if used := server.proxy(url):  # which resolves the name, and opens the port
         return f"{url}, through the proxy {used}"
-    context = ssl.create_default_context()
+    context, right = ssl.create_default_context(), parts.scheme
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    other = ""
-    with (
-        explained(url, source),
-        socket.create_connection((host, parts.port or (443 if https else 80)), PATIENCE) as plain,
-    ):
+    port = parts.port or (443 if https else 80)
+    with explained(url, source), socket.create_connection((host, port), PATIENCE) as plain:
         address = plain.getpeername()[0]
         try:
             context.wrap_socket(plain, server_hostname=host).close()
-            other = "" if https else "https"
-        except OSError as error:  # what it does may also tell nothing
-            other = "http" if https and diagnose(error).words == PLAIN_PORT else ""
-    if other:
-        right = f"write {url.replace(parts.scheme, other, 1)}"
-        raise RunError(f"{url}: {PLAIN_PORT if https else TLS_PORT}", cure or right, source)
+            right = "https"
+        except OSError as error:  # the port is a plain one, or what it does tells nothing
+            right = "http" if diagnose(error).words == PLAIN_PORT else right
+    if right != parts.scheme:
+        words = PLAIN_PORT if https else TLS_PORT
+        raise RunError(f"{url}: {words}", cure or f"write {url.replace(parts.scheme, right, 1)}", source)
     return f"{url} ({address})"
 
 
@@ -249,7 +244,6 @@ def check_file_server(setup: Setup) -> Found:
         return f"{error}; this run stores nothing there", error.source, error.cure
 
 
-# --- storage --------------------------------------------------------------------------------------------------------
 def folder_of(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser()
 
@@ -290,9 +284,7 @@ def check_credentials(setup: Setup) -> Found:
     if setup.kind == "azure":  # the SDK has them, and tells nothing of them
         return None
     if used.key and used.secret and not used.use_credentials_chain:
-        default = in_file("sdk.aws.s3.key") if sdk.setting("sdk.aws.s3.key", "") else variable("AWS_ACCESS_KEY_ID")
-        kind = "temporary" if used.token else "static"
-        return f"{kind} keys, access key {last4(used.key)}", setup.store.source or default
+        return f"static keys, access key {last4(used.key)}", setup.store.source or in_file("sdk.aws.s3.key")
     found: Any = boto3.Session(profile_name=used.profile or None).get_credentials()
     return f"boto3 finds {found.method}, access key {last4(found.access_key)}", setup.store.source or "default"
 
@@ -322,7 +314,6 @@ def check_object(setup: Setup) -> Found:
     return f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", display_path(uri)
 
 
-# --- machine --------------------------------------------------------------------------------------------------------
 def check_packages(_: Setup) -> Found:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("clearml", "boto3")]
     return ", ".join([f"Python {sys.version.split()[0]}", *versions]), ""
@@ -337,7 +328,6 @@ def check_torch(_: Setup) -> Found:
     return f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads", ""
 
 
-# --- main -----------------------------------------------------------------------------------------------------------
 CHECKS: dict[str, Check] = {
     "configuration: .env": check_dotenv,
     "configuration: file": check_file,
@@ -367,20 +357,6 @@ KINDS = {
     "storage: endpoint": ("s3",),
     "storage: bucket": ("s3", "gs"),
 }
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m clearml_client.doctor",
-        description="Check the whole set-up: configuration, ClearML server, storage, machine. Leaves nothing behind.",
-        epilog="Example: uv run -m clearml_client.doctor --output-uri s3://localhost:9000/models. "
-        "Exit code 0: all well, perhaps with warnings; 1: something failed; 2: wrong arguments.",
-    )
-    where = f"where the model goes: {storage.GOOD_URI}; default: CLEARML_OUTPUT_URI"
-    parser.add_argument("--output-uri", help=where)
-    parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, help="check only these parts")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
-    return parser.parse_args()
 
 
 def examine_area(setup: Setup, area: str, skipped: str = "") -> list[Finding]:
@@ -433,8 +409,16 @@ def report(findings: list[Finding], as_json: bool) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m clearml_client.doctor",
+        description="Check the whole set-up: configuration, ClearML server, storage, machine. Leaves nothing behind.",
+        epilog="Exit code 0: all well, perhaps with warnings; 1: something failed; 2: wrong arguments.",
+    )
+    parser.add_argument("--output-uri", help=f"where the model goes: {storage.GOOD_URI}; default: CLEARML_OUTPUT_URI")
+    parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, help="check only these parts")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     errors.escape_unencodable()
-    args = parse_args()
+    args = parser.parse_args()
     logging.getLogger("clearml").handlers = [logging.NullHandler()]  # the findings say it, in words
     logging.getLogger("clearml").propagate = False
     with redirect_stdout(sys.stderr):  # what libraries print: --json is only JSON

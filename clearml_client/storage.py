@@ -28,7 +28,6 @@ PACKAGES = {"s3": ("boto3", "client"), "gs": ("google-cloud-storage", "gcs"), "a
 PATIENCE = 5  # seconds for a connection; twice that for each answer
 STEP = 30  # seconds for each step of a check: where a store answers, the SDK may try again, with pauses
 CHUNK = 2**20  # bytes
-MEANING = {0: "no answer", 401: "wrong keys", 403: "forbidden", 404: "not there"}
 LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
 GOOGLE_KEY = "GOOGLE_APPLICATION_CREDENTIALS"
 
@@ -91,30 +90,36 @@ def default_target() -> tuple[str, str]:
 # --- stores -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Store:
-    """A place for objects. A subclass knows how to talk to it, and raises whatever its library raises."""
+    """A place for objects, here any that the SDK knows, and a subclass for each that tells more by its own client."""
 
     name: str  # the address of the place: with "/" and a key it is that of an object
     client: Any = None  # boto3's client, or a bucket of Google's library
     source: str = ""  # what in the configuration opened it
     url: str = ""  # where requests go, if by HTTP
+    bucket: str = ""  # of S3
     trouble: str = ""  # why nothing more is asked of it
     patience: float = 0  # seconds for one step; 0: as long as the client itself waits
 
     def _size(self, key: str) -> int:
-        raise NotImplementedError
+        size = StorageManager.get_file_size_bytes(f"{self.name}/{key}")
+        if size is None:  # or it is forbidden
+            raise FileNotFoundError(2, "not there", key)
+        return int(size)
 
     def _chunks(self, key: str) -> Iterator[bytes]:
-        raise NotImplementedError
+        copy = StorageManager.get_local_copy(f"{self.name}/{key}", extract_archive=False, force_download=True)
+        with open(copy, "rb") as file:
+            yield from iter(lambda: file.read(CHUNK), b"")
 
     def _keys(self, prefix: str) -> Iterator[str]:
         return iter(())  # of a store that cannot list
 
     def _look(self) -> bool:
-        """Ask for the bucket: some stores make a missing one on the first upload."""
-        return True
+        return True  # or the bucket is missing, which some stores make on the first upload
 
     def _remove(self, key: str) -> None:
-        raise NotImplementedError
+        if not StorageManager.storage_helper.get(self.name).delete(f"{self.name}/{key}"):
+            raise PermissionError(13, "cannot be deleted", key)
 
     def key(self, address: str) -> str:
         return address[len(self.name) :].lstrip("/")
@@ -134,7 +139,7 @@ class Store:
                 return self.attempt(verb, action, again=False)
             if status == 404 and trouble.words != "no such bucket":
                 return None
-            meaning = MEANING.get(status, "refused")
+            meaning = {0: "no answer", 401: "wrong keys", 403: "forbidden", 404: "not there"}.get(status, "refused")
             reason = f"cannot {verb}: {meaning}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
             if status == 0:
                 self.trouble = reason
@@ -171,13 +176,11 @@ class Store:
     def check_place(self) -> None:
         """See that the place answers, and that its bucket is there."""
         try:
-            there = self.attempt("look", self._look)
+            if not self.attempt("look", self._look):
+                raise StorageError("no such bucket", "make the bucket, or correct its name in the URI", self.source)
         except StorageError as error:
             if diagnose(error).words != DENIED:  # a permission that an upload does not need
                 raise
-        else:
-            if not there:
-                raise StorageError("no such bucket", "make the bucket, or correct its name in the URI", self.source)
 
     def check_object(self, uri: str) -> None:
         """Let the SDK upload a small object (this file), as a run does; compare and delete it by this client."""
@@ -203,10 +206,6 @@ class Store:
 
 
 class S3(Store):
-    @property
-    def bucket(self) -> str:
-        return self.name.rpartition("/")[2]
-
     def _size(self, key: str) -> int:
         return int(self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
 
@@ -251,8 +250,9 @@ class FileServer(Store):
     def _send(self, method: str, path: str, **options: Any) -> Any:
         headers = server.session().add_auth_headers({"Accept-Encoding": "identity"})
         for spelling in dict.fromkeys((path, quote(path))):
-            url = f"{self.name}/{spelling}"
-            answer = server.http().request(method, url, headers=headers, timeout=2 * PATIENCE, **options)
+            answer = server.http().request(
+                method, f"{self.name}/{spelling}", headers=headers, timeout=2 * PATIENCE, **options
+            )
             if answer.status_code != 404:
                 break
         answer.raise_for_status()
@@ -306,31 +306,12 @@ class Folder(Store):
         super().check_object(f"file://{self.name}")  # the SDK takes a relative one for something else
 
 
-class ByTheSDK(Store):
-    """Any other kind that the SDK knows. It tells less: what is not there may be forbidden."""
-
-    def _size(self, key: str) -> int:
-        size = StorageManager.get_file_size_bytes(f"{self.name}/{key}")
-        if size is None:
-            raise FileNotFoundError(2, "not there", key)
-        return int(size)
-
-    def _chunks(self, key: str) -> Iterator[bytes]:
-        copy = StorageManager.get_local_copy(f"{self.name}/{key}", extract_archive=False, force_download=True)
-        with open(copy, "rb") as file:
-            yield from iter(lambda: file.read(CHUNK), b"")
-
-    def _remove(self, key: str) -> None:
-        if not StorageManager.storage_helper.get(self.name).delete(f"{self.name}/{key}"):
-            raise PermissionError(13, "cannot be deleted", key)
-
-
 # --- opening one ------------------------------------------------------------------------------------------------------
 def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
-    """Return the entry of sdk.aws.s3.credentials that the SDK uses for this URI, its place, and why it finds none.
+    """Return the SDK's entry for this URI, where it stands, and else, with one made of the defaults, why there is none.
 
-    Without a place it is made of the defaults. The SDK compares beginnings, and without regard to case: an entry for
-    "minio" or "minio:90" is taken for s3://minio:9000, with its own port. Raise RunError for that.
+    Raise RunError for another place's: the SDK compares beginnings, and without regard to case, so that an entry for
+    "minio" or "minio:90" is taken for s3://minio:9000, with its own port.
     """
     wanted, source = urlsplit(uri).netloc, in_file(ENTRIES)
     host, _, port = wanted.partition(":")
@@ -343,7 +324,7 @@ def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
     if listed and entry.host not in ("", wanted):
         words = f"host {entry.host!r} is taken for {wanted}: they differ in port or case"
         raise RunError(words, f'write host: "{wanted}"', source)
-    if listed and entry.bucket not in ("", bucket_address(uri, entry).rpartition("/")[2]):
+    if listed and entry.bucket not in ("", f"{uri}/".split("/")[3 if entry.host else 2]):
         raise RunError(f"bucket {entry.bucket!r} is taken for {uri}", "write the whole name", source)
     near = next((other for other in hosts if other.partition(":")[0].lower() == host.lower()), "")
     if listed or not (port or near):
@@ -355,10 +336,6 @@ def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
     elif sdk.setting(f"sdk.{ENTRIES}", None):  # pasted inside of the section, with the whole name
         why, cure = f"they stand at sdk.{ENTRIES}", "append them at the end of the file, outside all braces"
     return entry, "", RunError(f"no entry for {wanted}: {why}", f"{cure} ({source})", source)
-
-
-def bucket_address(uri: str, entry: Any) -> str:
-    return "/".join(uri.split("/")[: 4 if entry.host else 3])
 
 
 def open_s3(uri: str) -> S3:
@@ -382,7 +359,8 @@ def open_s3(uri: str) -> S3:
     if not found and not (entry.key and entry.secret):
         reason = slip or RunError("boto3 finds none", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry")
         raise StorageError(f"no keys: {reason}", reason.cure, source)
-    return S3(bucket_address(uri, entry), client, source, client.meta.endpoint_url)
+    name = "/".join(uri.split("/")[: 4 if entry.host else 3])
+    return S3(name, client, source, client.meta.endpoint_url, name.rpartition("/")[2])
 
 
 def open_gcs(uri: str) -> GCS:
@@ -399,15 +377,6 @@ def open_gcs(uri: str) -> GCS:
     return GCS("/".join(uri.split("/")[:3]), bucket)
 
 
-def check_package(scheme: str) -> str:
-    """Return package and version for this kind of storage. Raise StorageError if it is not installed."""
-    package, group = PACKAGES[scheme]
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        raise StorageError(f"{package} is not installed", f"uv sync --group {group}") from None
-
-
 def open_store(uri: str) -> Store:
     """Open the store of a place or an object, as the SDK's configuration has it. Raise RunError otherwise."""
     uri = sdk.canonical(uri)
@@ -421,17 +390,18 @@ def open_store(uri: str) -> Store:
         raise StorageError("not a file server of this configuration", f"set {FILES}")
     if scheme not in PACKAGES:
         raise StorageError(f"{scheme}:// is no storage that this script knows", f"write {GOOD_URI}")
-    check_package(scheme)
+    package, group = PACKAGES[scheme]
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise StorageError(f"{package} is not installed", f"uv sync --group {group}") from None
     if scheme == "azure":
-        return ByTheSDK("/".join(uri.split("/")[:4]))
+        return Store("/".join(uri.split("/")[:4]))
     return open_s3(uri) if scheme == "s3" else open_gcs(uri)
 
 
 def check_access(uri: str) -> None:
-    """See that a run can write, read and delete below this place; see Store.check_object. Raise RunError otherwise.
-
-    A folder is made if its parent exists. Each step is bounded, and so a slow store is no silent one.
-    """
+    """See that a run can store objects below this place: each step is bounded, and not their sum. Else RunError."""
     if not uri.startswith("http"):
         check_uri(uri)
     store = open_store(uri)

@@ -11,12 +11,12 @@ The port stays the same for the life of the object, so `stop()` and `start()` ar
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -31,12 +31,10 @@ from botocore.config import Config
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-Rule = Callable[[BaseHTTPRequestHandler, int], "tuple[int, str] | None"]  # the status and code of a refusal
 BIN = Path(sys.executable).parent
 KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 
-# Over https boto3 sends a checksum behind the body, which it does not over http. Not every store knows such
-# uploads: rclone answers 411, MissingContentLength. This variable is the way out; the SDK has no setting.
+# Over https boto3 sends a checksum behind the body, which rclone does not know (411, MissingContentLength).
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 
 
@@ -168,10 +166,7 @@ class S3Store(Store):
 
 
 class Rclone(S3Store):
-    """`rclone serve s3`: ready in 0.2 s; each folder below `folder/data` is a bucket.
-
-    Over https an upload needs the variable in CHECKSUM.
-    """
+    """`rclone serve s3`: ready in 0.2 s. Each folder below `folder/data` is a bucket. Over https: see CHECKSUM."""
 
     def command(self) -> list[str]:
         data, key, certificate = (self.folder / name for name in ("data", "key.pem", "certificate.pem"))
@@ -190,10 +185,7 @@ class Rclone(S3Store):
 
 
 class SeaweedFS(S3Store):
-    """SeaweedFS, a production store: the second S3 server, so that nothing suits one only. Ready in 1 s.
-
-    An upload to a missing bucket makes it.
-    """
+    """SeaweedFS, a production store, ready in 1 s. An upload to a missing bucket makes it."""
 
     READER = ("AKIATESTREADER8765", "may-read-only/0123456789-may-read-only")  # writing is "access denied"
 
@@ -298,36 +290,37 @@ class Plug:
 
 
 class Front:
-    """A port before a store's that passes every request on, but for what a rule refuses.
+    """A port before a store's that refuses what a rule matches, and passes on all other requests.
 
-    The rule gets the request, and its status: 0 before it is passed on, the store's afterwards.
+    The rule is a regular expression for "0 GET /path headers", or with the store's own status in place of 0.
     """
 
-    def __init__(self, store: Store, refuse: Rule, seconds: float = 0) -> None:
+    def __init__(self, store: Store, rule: str, refusal: str, seconds: float = 0) -> None:
         class Request(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def answer(self) -> None:
+            def is_refused(self, status: int) -> bool:
+                return bool(re.search(rule, f"{status} {self.command} {self.path} {self.headers}", re.DOTALL))
+
+            def do_GET(self) -> None:
                 time.sleep(seconds)
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                refused = refuse(self, 0)
-                if not refused:
+                status, headers, content = 0, dict[str, str](), b""
+                if not self.is_refused(0):
                     with closing(HTTPConnection("127.0.0.1", store.port)) as there:
                         there.request(self.command, self.path, body, dict(self.headers))
                         reply = there.getresponse()
                         status, headers, content = reply.status, dict(reply.getheaders()), reply.read()
-                    refused = refuse(self, status)
-                if refused:
-                    status, headers = refused[0], {}
-                    content = f"<Error><Code>{refused[1]}</Code><Message>{refused[1]}</Message></Error>".encode()
+                if self.is_refused(status):
+                    status, headers, content = 403, {}, f"<Error><Code>{refusal}</Code></Error>".encode()
+                headers = {"Content-Length": str(len(content))} | headers | {"Connection": "close"}
                 self.send_response_only(status)
-                headers.pop("Transfer-Encoding", None)
-                for header in ({"Content-Length": str(len(content))} | headers | {"Connection": "close"}).items():
-                    self.send_header(*header)
+                for name in headers.keys() - {"Transfer-Encoding"}:
+                    self.send_header(name, headers[name])
                 self.end_headers()
                 self.wfile.write(b"" if self.command == "HEAD" else content)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
         self.host = f"127.0.0.1:{self.server.server_port}"
