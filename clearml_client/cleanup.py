@@ -267,8 +267,6 @@ class Project:
         (item,) = self.survey(tasks, leaving=set())  # what was true when it was listed may have changed
         if item.reason:
             raise KeepTask(item.reason)
-        for stored in {stored.store.name: stored for stored in reversed(item.objects)}.values():
-            stored.store.prove("/".join(filter(None, (stored.store.parent(stored.key), PROBE + id_))))
         pool().map(lambda stored: stored.store.delete(stored.key), item.objects)
         for stored in item.objects:
             session = SESSION.search(stored.address)

@@ -5,8 +5,8 @@
     uv run -m clearml_client.doctor --only storage --json               # one part; for machines
 
 A line for each check: ok, warning, failed or skipped, what was found, and where it came from. These are the run's own
-checks, taken apart and explained: what fails here fails there, for the same reason. Nothing is trained and nothing is
-left behind: one small object is written where the model will go, read back, compared and deleted.
+checks, taken apart and explained. Nothing is trained and nothing is left behind: one small object is written where the
+model will go, read back, compared and deleted.
 """
 
 import argparse
@@ -14,15 +14,15 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
 import socket
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,94 +34,74 @@ import clearml_client
 
 clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
-from clearml_client import configuration, sdk, server, storage
-from clearml_client.configuration import (
-    ACCESS,
-    FILES,
-    HOST,
-    SECRET,
-    VARIABLES,
-    WEB,
-    display_path,
-    in_file,
-    origin,
-    variable,
-)
-from clearml_client.errors import (
-    DENIED,
-    PLAIN_PORT,
-    TLS_PORT,
-    RunError,
-    call_with_timeout,
-    diagnose,
-    escape_unencodable,
-    last4,
-    one_line,
-    redact,
-)
+from clearml_client import configuration, errors, sdk, server, storage
+from clearml_client.configuration import ACCESS, FILES, HOST, SECRET, WEB, display_path, in_file, origin, variable
+from clearml_client.errors import PLAIN_PORT, TLS_PORT, RunError, call_with_timeout, diagnose, last4, one_line, redact
 
 AREAS = ("configuration", "server", "storage", "machine")
 PATIENCE = 3  # seconds for one answer from the network
-LIMITS = {"machine": 120}  # seconds for one check, else 15: importing torch for the first time is slow
-OLDEST_SDK = "2.1.7"  # older ones talk to the server while they are imported
+LIMITS = {"object": 4 * storage.STEP, "torch": 120}  # seconds for one check, else 15: the first import of torch is slow
 
 
 @dataclass
 class Finding:
+    name: str
     state: str  # ok, warning, failed or skipped
     value: str
     source: str = ""  # file and key, variable, or default
     cure: str = ""
-    name: str = ""
 
 
 @dataclass
 class Setup:
     """What the checks tell each other."""
 
-    uri: str
-    source: str
-    kind: str = ""  # of the target: s3, gs, azure, folder or files
+    uri: str = ""
+    source: str = "default"
     offline: str = ""  # why no server is used
     store: Any = None
     entry: Any = None  # of sdk.aws.s3.credentials, as the SDK uses it
-    claims: dict[str, Any] = field(default_factory=dict)  # of the server's token
+
+    @property
+    def kind(self) -> str:
+        """Of the target: s3, gs, azure, files (of the ClearML server) or folder."""
+        scheme = urlsplit(self.uri).scheme
+        if not self.uri or scheme in ("http", "https"):
+            return "files"
+        return scheme if scheme in storage.PACKAGES else "folder"
 
 
-Check = Callable[[Setup], Finding | None]
+Found = tuple[str, ...] | None  # what was found, where it comes from, and a cure if it deserves a look
+Check = Callable[[Setup], Found]  # raises RunError for a failure, and has nothing to say where nothing is to be checked
 
 
-def ok(value: str, source: str = "") -> Finding:
-    return Finding("ok", value, source)
-
-
-def warning(value: str, cure: str, source: str = "") -> Finding:
-    return Finding("warning", value, source, cure)
-
-
-def blame(error: BaseException, what: str, source: str = "", cure: str = "") -> RunError:
-    """The failure that an error means, in words, with the error's own text."""
-    trouble = diagnose(error)
-    return RunError(f"{what}: {trouble.words} ({one_line(error)})", cure or trouble.cure, source)
+@contextmanager
+def explained(what: str, source: str = "") -> Iterator[None]:
+    """Make a failure with its cure of any error."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        trouble = diagnose(error)
+        raise RunError(f"{what}: {trouble.words} ({one_line(error)})", trouble.cure, source) from error
 
 
 def examine(setup: Setup, name: str, check: Check) -> Finding | None:
     """Make one check. Whatever it raises becomes a finding."""
+    short = name.partition(": ")[2]
     try:
-        finding = call_with_timeout(LIMITS.get(name.partition(":")[0], 15), "time-out", lambda: check(setup))
+        with explained(short):
+            found = call_with_timeout(LIMITS.get(short, 15), "time-out", lambda: check(setup))
+        state = "warning" if found and len(found) > 2 else "ok"
     except RunError as error:
-        finding = Finding("failed", str(error), error.source, error.cure)
-    except Exception as error:
-        failure = blame(error, type(error).__name__)
-        finding = Finding("failed", str(failure), "", failure.cure)
-    if finding:
-        finding.name = name
-    return finding
+        state, found = "failed", (str(error), error.source, error.cure)
+    return Finding(name, state, *(" ".join(redact(text).split()) for text in found)) if found else None
 
 
 @contextmanager
 def unmade(folder: Path) -> Iterator[None]:
-    """Folders that a check makes on the way to this one are gone afterwards, unless something else is in them."""
+    """Remove the folders that a check makes on the way to this one, unless something else is in them."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
@@ -131,79 +111,58 @@ def unmade(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
-# --- configuration --------------------------------------------------------------------------------------------------
-def check_dotenv(_: Setup) -> Finding:
+def check_dotenv(_: Setup) -> Found:
     file = clearml_client.DOTENV
     if clearml_client.dotenv_problem:
         raise RunError(clearml_client.dotenv_problem, "correct it", display_path(file))
     if not file.is_file() or os.getenv("PYTHON_DOTENV_DISABLED", "0") not in ("0", ""):
-        return ok("none", display_path(file.parent))
-    values = dotenv.dotenv_values(file, encoding="utf-8-sig").items()
+        return "none", display_path(file.parent)
+    values = {name: value for name, value in dotenv.dotenv_values(file, encoding="utf-8-sig").items() if value}
     outside = clearml_client.OUTSIDE
-    if beaten := ", ".join(name for name, value in values if value and outside.get(name, value) != value):
-        return warning(f"another value in the environment wins: {beaten}", f"unset {beaten}", display_path(file))
-    return ok(f"sets {', '.join(sorted(name for name, value in values if value)) or 'nothing'}", display_path(file))
+    if beaten := ", ".join(name for name, value in values.items() if outside.get(name, value) != value):
+        return f"another value in the environment wins: {beaten}", display_path(file), f"unset {beaten}"
+    return f"sets {', '.join(sorted(values)) or 'nothing'}", display_path(file)
 
 
-def check_file(_: Setup) -> Finding:
-    path = configuration.find_file()
-    why = configuration.config_file()[1]
-    homes = [Path(os.path.expanduser(name)) for name in ("~/.clearml.conf", "~/clearml.conf")]
-    likely = [*homes, clearml_client.DOTENV.with_name("clearml.conf"), Path("clearml.conf")]
-    ignored = {
-        display_path(other.absolute()) for other in likely if other.is_file() and other.resolve() != path.resolve()
-    }
-    text = display_path(path) if path.is_file() else f"no {display_path(path)}"
-    if ignored - {"~/clearml.conf"} or (ignored and why == "default"):
-        cure = f"mv {min(ignored)} {display_path(path)}, or set CLEARML_CONFIG_FILE"
-        return warning(f"{text}; {' and '.join(sorted(ignored))} is not read", cure, why)
-    return ok(text + "".join(f"; {name} is not read" for name in ignored), why)
+def check_file(_: Setup) -> Found:
+    path, why = configuration.find_file(), configuration.config_file()[1]
+    names = ("~/.clearml.conf", "~/clearml.conf", "clearml.conf", clearml_client.DOTENV.with_name("clearml.conf"))
+    likely = [Path(os.path.expanduser(name)) for name in names]
+    others = {other.absolute() for other in likely if other.is_file() and other.resolve() != path.resolve()}
+    ignored = sorted(map(display_path, others))
+    text = f"{'' if path.is_file() else 'no '}{display_path(path)}"
+    if ignored and (why == "default" or ignored != ["~/clearml.conf"]):
+        cure = f"mv {ignored[0]} {display_path(path)}, or set CLEARML_CONFIG_FILE"
+        return f"{text}; {' and '.join(ignored)} is not read", why, cure
+    return text + "".join(f"; {name} is not read" for name in ignored), why
 
 
-def check_syntax(_: Setup) -> Finding | None:
+def check_syntax(_: Setup) -> Found:
     path = configuration.config_file()[0]
     configuration.load(path)
-    return ok("parsed", display_path(path)) if path.is_file() else None
+    return ("parsed", display_path(path)) if path.is_file() else None
 
 
-def check_settings(setup: Setup) -> Finding:
+def check_settings(setup: Setup) -> Found:
     setup.offline = configuration.why_offline()
     if sdk.is_offline():
-        return warning("runs are recorded offline", "unset CLEARML_OFFLINE_MODE", variable("CLEARML_OFFLINE_MODE"))
+        return "runs are recorded offline", variable("CLEARML_OFFLINE_MODE"), "unset CLEARML_OFFLINE_MODE"
     if setup.offline:
         setup.offline = "no server is configured"
-        cure = "uv run clearml-init writes ~/clearml.conf, if you have a server"
-        return warning("no configuration: runs are recorded offline", cure)
-    sources = "; ".join(dict.fromkeys(origin(key) for key in (HOST, ACCESS, SECRET)))
+        words = "no configuration: runs are recorded offline"
+        return words, "default", "uv run clearml-init writes ~/clearml.conf, if you have a server"
     key = last4(configuration.setting(ACCESS))
-    return ok(f"{configuration.setting(HOST)}, access key {key}, secret key set", sources)
+    return f"{configuration.setting(HOST)}, access key {key}, secret key set", origins(HOST, ACCESS, SECRET)
 
 
-def check_overrides(_: Setup) -> Finding | None:
-    both = {name: key for key, name in VARIABLES.items() if os.getenv(name) and sdk.setting(key, "")}
-    if not (beaten := [name for name, key in both.items() if os.environ[name] != sdk.setting(key)]):
-        return None
-    text = "; ".join(f"{name} beats {both[name]}" for name in beaten)  # without the values, of which some are secret
-    return warning(text, f"unset {' '.join(beaten)} if the file is right", "; ".join(map(variable, beaten)))
-
-
-def check_cache(_: Setup) -> Finding:
+def check_cache(_: Setup) -> Found:
     with unmade(Path(sdk.get_cache_dir())):
         configuration.check_cache()
-    return ok(display_path(sdk.get_cache_dir()))
+    return display_path(sdk.get_cache_dir()), ""
 
 
-# --- server ---------------------------------------------------------------------------------------------------------
-def speaks_tls(host: str, port: int) -> bool | None:
-    """Whether a port answers a TLS greeting. None if what it does tells nothing; OSError if it is not open."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection((host, port), PATIENCE) as plain:
-        try:
-            with context.wrap_socket(plain, server_hostname=host):
-                return True
-        except OSError as error:
-            return False if diagnose(error).words == PLAIN_PORT else None
+def origins(*keys: str) -> str:
+    return "; ".join(dict.fromkeys(map(origin, keys)))
 
 
 def reach(url: str, source: str, cure: str = "") -> str:
@@ -214,37 +173,38 @@ def reach(url: str, source: str, cure: str = "") -> str:
         raise RunError(f"{url}: no address", "write http://host:port or https://host", source)
     if used := server.proxy(url):  # which resolves the name, and opens the port
         return f"{url}, through the proxy {used}"
-    try:
-        port = parts.port or (443 if https else 80)
-        address = call_with_timeout(PATIENCE, host, lambda: socket.getaddrinfo(host, port))[0][4][0]
-        tls = speaks_tls(host, port)
-    except Exception as error:
-        raise blame(error, url, source) from error
-    if tls is not None and tls != https:
-        right = url.replace(parts.scheme, "https" if tls else "http", 1)
-        raise RunError(f"{url}: {TLS_PORT if tls else PLAIN_PORT}", cure or f"write {right}", source)
+    context, right = ssl.create_default_context(), parts.scheme
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    port = parts.port or (443 if https else 80)
+    with explained(url, source), socket.create_connection((host, port), PATIENCE) as plain:
+        address = plain.getpeername()[0]
+        try:
+            context.wrap_socket(plain, server_hostname=host).close()
+            right = "https"
+        except OSError as error:  # the port is a plain one, or what it does tells nothing
+            right = "http" if diagnose(error).words == PLAIN_PORT else right
+    if right != parts.scheme:
+        words = PLAIN_PORT if https else TLS_PORT
+        raise RunError(f"{url}: {words}", cure or f"write {url.replace(parts.scheme, right, 1)}", source)
     return f"{url} ({address})"
 
 
 def get(url: str, source: str) -> Any:
-    try:
+    with explained(f"{url}{server.proxy_note(url)}", source):
         return server.http().get(url, timeout=PATIENCE)
-    except Exception as error:
-        raise blame(error, f"{url}{server.proxy_note(url)}", source) from error
 
 
-def check_address(_: Setup) -> Finding:
-    return ok(reach(server.address(), origin(HOST)), origin(HOST))
+def check_address(_: Setup) -> Found:
+    return reach(server.address(), origin(HOST)), origin(HOST)
 
 
-def check_api(_: Setup) -> Finding:
+def check_api(_: Setup) -> Found:
     server.ping()
-    return ok("debug.ping answers", origin(HOST))
+    return "debug.ping answers", origin(HOST)
 
 
-def check_keys(setup: Setup) -> Finding:
-    source = "; ".join(dict.fromkeys(origin(key) for key in (ACCESS, SECRET)))
-    key = f"access key {last4(configuration.setting(ACCESS))}"
+def check_keys(_: Setup) -> Found:
+    key, source = f"access key {last4(configuration.setting(ACCESS))}", origins(ACCESS, SECRET)
     try:
         session = server.session()
     except RunError as error:
@@ -253,287 +213,188 @@ def check_keys(setup: Setup) -> Finding:
     answer = session.send_request("projects", "get_all", json={"page_size": 1, "only_fields": ["id"]})
     if answer.status_code in (405, 411):  # of a proxy, to a GET with a body
         raise server.refusal(f"HTTP {answer.status_code}")
-    setup.claims = session.get_decoded_token(session.token)
-    user = setup.claims.get("identity", {})
-    return ok(f"{key} is user {user.get('user_name') or user.get('user')}", source)
+    user = session.get_decoded_token(session.token).get("identity", {})
+    return f"{key} is user {user.get('user_name') or user.get('user')}", source
 
 
-def check_version(setup: Setup) -> Finding:
-    # The SDK has calls for some versions of the API, and takes the newest that the server has, too.
-    known = sdk.api_versions()
-    theirs = tuple(map(int, str(setup.claims.get("api_version", "2.9")).split(".")))
-    text = f"server {setup.claims.get('server_version')} with API {'.'.join(map(str, theirs))}, SDK {sdk_version()}"
-    if theirs < known[0]:
-        raise RunError(f"{text}: this SDK cannot talk to it", "update the server")
-    return warning(f"{text}: the SDK knows newer calls", "update the server") if theirs < known[-1] else ok(text)
-
-
-def check_web_server(_: Setup) -> Finding:
-    source = origin(WEB, "from api.api_server")
-    url = server.web_page()
+def check_web_server(_: Setup) -> Found:
+    url, source = server.web_page(), origin(WEB, "from api.api_server")
     try:
-        if server.is_page(get(url, source)):
-            return ok(url, source)
-        problem = f"{url} is no web page"
+        problem = "" if server.is_page(get(url, source)) else f"{url} is no web page"
     except RunError as error:
         problem = str(error)
-    return warning(problem, f"set {WEB} ({VARIABLES[WEB]}): the links that a run prints use it", source)
+    cure = f"set {WEB} ({configuration.VARIABLES[WEB]}): the links that a run prints use it"
+    return (problem, source, cure) if problem else (url, source)
 
 
-def stores_there(setup: Setup) -> bool:
-    """Whether the file server is the target."""
-    return not setup.uri or setup.uri.startswith("http")
-
-
-def optional(check: Check) -> Check:
-    """A warning in place of a failure where the run stores everything elsewhere."""
-
-    def checked(setup: Setup) -> Finding | None:
-        try:
-            return check(setup)
-        except RunError as error:
-            if stores_there(setup):
-                raise
-            return warning(f"{error}; this run stores nothing there", error.cure, error.source)
-
-    return checked
-
-
-def check_file_server(_: Setup) -> Finding:
-    url, source = storage.file_server(), origin(FILES, "from api.api_server")
-    if not url.startswith("http"):  # a bucket in its place, which works
-        return ok(url, source)
-    text = reach(url, source)
-    answer = get(url, source)
-    if answer.status_code != 200 or server.is_page(answer):
-        cure = f"set {FILES} ({VARIABLES[FILES]}): port 8081, or the name that begins with files."
-        raise RunError(f"{url} is not ClearML's file server (HTTP {answer.status_code})", cure, source)
-    return ok(text, source)
-
-
-def check_file_server_object(setup: Setup) -> Finding | None:
-    return prove(storage.file_server()) if stores_there(setup) else None
-
-
-# --- storage --------------------------------------------------------------------------------------------------------
-def prove(uri: str) -> Finding:
-    """The run's own proof."""
-    begin = time.perf_counter()
-    storage.check_access(uri)
-    return ok(f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", display_path(uri))
+def check_file_server(setup: Setup) -> Found:
+    source = origin(FILES, "from api.api_server")
+    try:
+        url = storage.file_server()
+        if not url.startswith("http"):  # a bucket in its place, which works
+            return url, source
+        text, answer = reach(url, source), get(url, source)
+        if answer.status_code != 200 or server.is_page(answer):
+            cure = f"set {FILES} ({configuration.VARIABLES[FILES]}): port 8081, or the name that begins with files."
+            raise RunError(f"{url} is not ClearML's file server (HTTP {answer.status_code})", cure, source)
+        return text, source
+    except RunError as error:
+        if setup.kind == "files":
+            raise
+        return f"{error}; this run stores nothing there", error.source, error.cure
 
 
 def folder_of(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser()
 
 
-def check_target(setup: Setup) -> Finding:
+def check_target(setup: Setup) -> Found:
     uri = setup.uri
-    by_default = setup.source.partition(",")[0] not in ("--output-uri", "CLEARML_OUTPUT_URI")
-    if by_default and uri.startswith("http"):  # a file server, which the run takes here, and not as an argument
-        setup.kind = "files"
-        return ok(uri, setup.source)
-    try:
-        storage.check_uri(uri)
-    except RunError as error:
-        shown = "" if "credentials" in str(error) else f"{uri}: "
-        raise RunError(f"{shown}{error}", error.cure, setup.source) from error
-    setup.kind = urlsplit(uri).scheme if uri else "files"
-    if setup.kind in ("", "file"):
-        setup.kind, folder = "folder", folder_of(uri)
-        return ok(f"folder {display_path(folder)}{'' if folder.exists() else ', will be made'}", setup.source)
-    return ok(uri or "empty: the ClearML server's file server", setup.source)
+    given = setup.source.partition(",")[0] in ("--output-uri", "CLEARML_OUTPUT_URI")
+    if given or not uri.startswith("http"):  # the configuration may name a file server, and an argument may not
+        try:
+            storage.check_uri(uri)
+        except RunError as error:
+            raise RunError(f"{uri}: {error}", error.cure, setup.source) from error
+    if setup.kind == "folder":
+        new = "" if folder_of(uri).exists() else ", will be made"
+        return f"folder {display_path(folder_of(uri))}{new}", setup.source
+    return uri or "empty: the ClearML server's file server", setup.source
 
 
-def check_library(setup: Setup) -> Finding | None:
-    if setup.kind not in storage.PACKAGES:
-        return None
-    package = storage.check_package(setup.kind)
-    return ok(f"{package} {importlib.metadata.version(package)}")
+def check_entry(setup: Setup) -> Found:
+    setup.entry, source, slip = storage.s3_entry(setup.uri)
+    used = setup.entry
+    if slip and not (used.key and used.secret):
+        raise slip
+    if slip:
+        return f"{slip}; the defaults, over https, are used", slip.source, slip.cure
+    if not source:
+        return "none for this bucket: the defaults", display_path(configuration.config_file()[0])
+    return f"{used.host or f'bucket {used.bucket}'}, secure: {used.secure}, verify: {used.verify}", source
 
 
-def check_entry(setup: Setup) -> Finding | None:
-    if setup.kind != "s3":
-        return None
-    setup.entry, source = storage.s3_entry(setup.uri)
-    used, path = setup.entry, display_path(configuration.config_file()[0])
-    if source:
-        return ok(f"{used.host or f'bucket {used.bucket}'}, secure: {used.secure}, verify: {used.verify}", source)
-    if not (slip := getattr(used, "missing", None)):
-        return ok("none for this bucket: the defaults", path)
-    words = f"none for {urlsplit(setup.uri).netloc}: {slip[0]}"
-    host, _, port = urlsplit(setup.uri).netloc.partition(":")
-    if used.key and used.secret and speaks_tls(host, int(port)):
-        return warning(f"{words}; the defaults, over https, are used", slip[1], path)
-    raise RunError(words, slip[1], path)
-
-
-def check_credentials(setup: Setup) -> Finding | None:
+def check_credentials(setup: Setup) -> Found:
+    setup.store, used = storage.open_store(setup.uri), setup.entry
     if setup.kind == "gs":
-        return google_credentials()
-    if setup.kind == "azure":
-        return azure_credentials(setup)
-    if setup.kind != "s3":
+        for name in ("STORAGE_EMULATOR_HOST", storage.GOOGLE_KEY):
+            if os.getenv(name):
+                return os.environ[name], variable(name)
+        return "application default credentials, or those of sdk.google.storage", "default"
+    if setup.kind == "azure":  # the SDK has them, and tells nothing of them
         return None
-    setup.store, used = storage.open_s3(setup.uri), setup.entry
     if used.key and used.secret and not used.use_credentials_chain:
-        default = in_file("sdk.aws.s3.key") if sdk.setting("sdk.aws.s3.key", "") else variable("AWS_ACCESS_KEY_ID")
-        kind = "temporary" if used.token else "static"
-        return ok(f"{kind} keys, access key {last4(used.key)}", setup.store.source or default)
-    found = boto3.Session(profile_name=used.profile or None).get_credentials()
-    if not found:
-        raise RunError(
-            "no keys, boto3 finds none either", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"
-        )
-    return ok(f"boto3 finds {found.method}, access key {last4(found.access_key)}", setup.store.source or "default")
+        return f"static keys, access key {last4(used.key)}", setup.store.source or in_file("sdk.aws.s3.key")
+    found: Any = boto3.Session(profile_name=used.profile or None).get_credentials()
+    return f"boto3 finds {found.method}, access key {last4(found.access_key)}", setup.store.source or "default"
 
 
-def google_credentials() -> Finding:
-    name, emulator = "GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"
-    if os.getenv(emulator):
-        return ok(f"none, an emulator at {os.environ[emulator]}", variable(emulator))
-    if sdk.setting("sdk.google.storage.credentials_json", ""):
-        return ok("service account", in_file("sdk.google.storage.credentials_json"))
-    import google.auth
-
-    try:
-        found, _project = google.auth.default()
-    except Exception as error:
-        raise RunError(str(error), f"gcloud auth application-default login, or {name}=key.json") from error
-    return ok(type(found).__name__, variable(name) if os.getenv(name) else "application default credentials")
-
-
-def azure_credentials(setup: Setup) -> Finding:
-    """Never tried against Azure itself."""
-    used, key = sdk.azure_entry(setup.uri), "sdk.azure.storage.containers"
-    if not used or not (used.account_name and (used.account_key or used.use_default_credential)):
-        file = display_path(configuration.config_file()[0])
-        cure = f"add it to {key} in {file}, or set AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY"
-        raise RunError("no account and key for this container", cure)
-    return ok(f"{used.account_name}, {reach(f'https://{urlsplit(setup.uri).netloc}', '')}")
-
-
-def check_endpoint(setup: Setup) -> Finding | None:
-    if setup.kind != "s3":
-        return None
-    url = setup.store.client.meta.client.meta.endpoint_url
-    named = "AWS_ENDPOINT_URL" if os.getenv("AWS_ENDPOINT_URL") else ""
-    source = setup.store.source or (variable(named) if named else "default")
+def check_endpoint(setup: Setup) -> Found:
+    url, named = setup.store.url, "AWS_ENDPOINT_URL"
+    source = setup.store.source or (variable(named) if os.getenv(named) else "default")
     secure = f"secure: {str(not url.startswith('https')).lower()} in {storage.ENTRIES}"
     text = reach(url, source, secure if setup.entry.host else "")
     if url.startswith("https") and setup.entry.verify is False:
-        return warning(f"{text}, certificate not checked", 'verify: "/path/ca.pem" instead of false', source)
-    return ok(text, source)
+        return f"{text}, certificate not checked", source, 'verify: "/path/ca.pem" instead of false'
+    return text, source
 
 
-def check_bucket(setup: Setup) -> Finding | None:
-    # Looked at before anything is written: some stores make a missing one on the first upload.
-    if setup.kind == "gs":
-        bucket = storage.open_store(setup.uri).client
-        if not bucket.exists(timeout=PATIENCE, retry=None):
-            raise RunError(f"{bucket.name}: no such bucket", "make the bucket, or correct its name in the URI")
-        return ok(bucket.name)
-    if setup.kind != "s3":
+def check_bucket(setup: Setup) -> Found:
+    setup.store.check_place()
+    return setup.store.name, ""
+
+
+def check_object(setup: Setup) -> Found:
+    """Make the run's own check."""
+    if setup.kind == "files" and setup.offline:
         return None
-    name = setup.store.bucket
-    try:
-        setup.store.client.meta.client.list_objects_v2(Bucket=name, MaxKeys=1)
-    except Exception as error:
-        if diagnose(error).words == DENIED:  # to list is a permission that an upload does not need
-            return ok(f"{name}, which these keys may not list")
-        raise blame(error, f"{name}{server.proxy_note(setup.store.url)}", setup.store.source) from error
-    return ok(name)
+    begin, uri = time.perf_counter(), setup.uri or storage.file_server()
+    with unmade(folder_of(uri) if setup.kind == "folder" else Path()):
+        storage.check_access(uri)
+    return f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", display_path(uri)
 
 
-def check_object(setup: Setup) -> Finding | None:
-    if setup.kind == "files":
-        return None if setup.offline else prove(setup.uri or storage.file_server())
-    with unmade(folder_of(setup.uri) if setup.kind == "folder" else Path()):
-        return prove(setup.uri)
+def check_packages(_: Setup) -> Found:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("clearml", "boto3")]
+    return ", ".join([f"Python {sys.version.split()[0]}", *versions]), ""
 
 
-# --- machine --------------------------------------------------------------------------------------------------------
-def sdk_version() -> str:
-    return importlib.metadata.version("clearml")
-
-
-def check_packages(_: Setup) -> Finding:
-    text = f"Python {sys.version.split()[0]}, clearml {sdk_version()}, boto3 {importlib.metadata.version('boto3')}"
-    found, oldest = (tuple(map(int, re.findall(r"\d+", version)[:3])) for version in (sdk_version(), OLDEST_SDK))
-    return ok(text) if found >= oldest else warning(f"{text}: clearml is too old", "uv sync")
-
-
-def check_torch(_: Setup) -> Finding:
+def check_torch(_: Setup) -> Found:
     import torch
 
     best = torch.accelerator.current_accelerator(check_available=True)
     torch.ones(1, device=best or "cpu").item()
     device = f"{torch.accelerator.device_count()} x {best.type}" if best else "no accelerator"
-    return ok(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads")
+    return f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads", ""
 
 
-# --- main -----------------------------------------------------------------------------------------------------------
-# In each chain a check needs those before it: after one that failed the others are skipped.
-CHAINS: dict[str, list[list[tuple[str, Check]]]] = {
-    "configuration": [
-        [(".env", check_dotenv)],
-        [
-            ("file", check_file),
-            ("syntax", check_syntax),
-            ("ClearML server", check_settings),
-            ("overrides", check_overrides),
-            ("cache folder", check_cache),
-        ],
-    ],
-    "server": [
-        [("address", check_address), ("API", check_api), ("keys", check_keys), ("version", check_version)],
-        [("web server", check_web_server)],
-        [("file server", optional(check_file_server)), ("file server's object", check_file_server_object)],
-    ],
-    "storage": [
-        [
-            ("target", check_target),
-            ("library", check_library),
-            ("entry", check_entry),
-            ("credentials", check_credentials),
-            ("endpoint", check_endpoint),
-            ("bucket", check_bucket),
-            ("object", check_object),
-        ],
-    ],
-    "machine": [[("packages", check_packages)], [("torch", check_torch)]],
+CHECKS: dict[str, Check] = {
+    "configuration: .env": check_dotenv,
+    "configuration: file": check_file,
+    "configuration: syntax": check_syntax,
+    "configuration: ClearML server": check_settings,
+    "configuration: cache folder": check_cache,
+    "server: address": check_address,
+    "server: API": check_api,
+    "server: keys": check_keys,
+    "server: web server": check_web_server,
+    "server: file server": check_file_server,
+    "storage: target": check_target,
+    "storage: entry": check_entry,
+    "storage: credentials": check_credentials,
+    "storage: endpoint": check_endpoint,
+    "storage: bucket": check_bucket,
+    "storage: object": check_object,
+    "machine: packages": check_packages,
+    "machine: torch": check_torch,
+}
+# A check needs those before it in its area, but for these.
+ALONE = ("configuration: file", "server: web server", "server: file server", "machine: torch")
+# Checks of some kinds of storage; the others are of all.
+KINDS = {
+    "storage: entry": ("s3",),
+    "storage: credentials": ("s3", "gs", "azure"),
+    "storage: endpoint": ("s3",),
+    "storage: bucket": ("s3", "gs"),
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m clearml_client.doctor",
-        description="Check the whole set-up: configuration, ClearML server, storage, machine. Leaves nothing behind.",
-        epilog="Example: uv run -m clearml_client.doctor --output-uri s3://localhost:9000/models. "
-        "Exit code 0: all well, perhaps with warnings; 1: something failed; 2: wrong arguments.",
-    )
-    where = f"where the model goes: {storage.GOOD_URI}; default: CLEARML_OUTPUT_URI"
-    parser.add_argument("--output-uri", help=where)
-    parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, help="check only these parts")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
-    return parser.parse_args()
+def examine_area(setup: Setup, area: str, skipped: str = "") -> list[Finding]:
+    """Make the checks of an area; after one that failed, and all if they are to be `skipped`, say why not."""
+    findings, failed = [], skipped
+    for name, check in CHECKS.items():
+        if not name.startswith(area) or setup.kind not in KINDS.get(name, setup.kind):
+            continue
+        failed = skipped if name in ALONE else failed
+        made = not failed or check is check_target  # which looks at a text, whatever is broken
+        if finding := examine(setup, name, check) if made else Finding(name, "skipped", failed):
+            findings.append(finding)
+            failed = f"{name} failed" if finding.state == "failed" else failed
+    return findings
 
 
-def choose_target(given: str | None, loaded: bool) -> Setup:
-    """The place that the run would use, and who says so."""
-    for uri, source in ((given, "--output-uri"), (os.getenv("CLEARML_OUTPUT_URI"), variable("CLEARML_OUTPUT_URI"))):
-        if uri:
-            return Setup(uri, source)
-        if uri is not None:  # an empty one: the default
-            break
-    return Setup(*(storage.default_target() if loaded else ("", "default")))
+def examine_all(output_uri: str | None, areas: Sequence[str]) -> list[Finding]:
+    """Make the checks of these areas, and those of the configuration, without which the others cannot be made."""
+    setup, first = Setup(), AREAS[0]
+    findings = examine_area(setup, first)
+    failed = {finding.name: f"{finding.name} failed" for finding in findings if finding.state == "failed"}
+    unread = failed.get(f"{first}: file") or failed.get(f"{first}: syntax", "")
+    setup.offline = setup.offline or unread or failed.get(f"{first}: ClearML server", "")
+    if output_uri is not None:
+        setup.uri, setup.source = output_uri, "--output-uri"
+    elif "CLEARML_OUTPUT_URI" in os.environ:
+        setup.uri, setup.source = os.environ["CLEARML_OUTPUT_URI"], variable("CLEARML_OUTPUT_URI")
+    if not (setup.uri or unread):
+        setup.uri, setup.source = storage.default_target()
+    skipped = {"server": setup.offline, "storage": unread, "machine": ""}
+    with ThreadPoolExecutor() as pool:  # side by side, because silent servers cost seconds
+        asked = [area for area in AREAS[1:] if area in areas]
+        others = pool.map(lambda area: examine_area(setup, area, skipped[area]), asked)
+        findings = [finding for finding in findings if first in areas or finding.state == "failed"]
+        return findings + [finding for other in others for finding in other]
 
 
 def report(findings: list[Finding], as_json: bool) -> None:
-    for finding in findings:
-        finding.value, finding.source, finding.cure = (
-            " ".join(redact(text).split()) for text in (finding.value, finding.source, finding.cure)
-        )
     cures = {finding.state: f"{finding.name}: {finding.cure}" for finding in reversed(findings) if finding.cure}
     first = cures.get("failed") or cures.get("warning") or ""
     if as_json:
@@ -541,59 +402,27 @@ def report(findings: list[Finding], as_json: bool) -> None:
         document = {"ok": well, "cure": first, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(document, indent=2), flush=True)
         return
-    colours = {"ok": 32, "warning": 33, "failed": 31, "skipped": 90}
     for finding in findings:
-        state = f"{finding.state:8}"
-        state = f"\033[{colours[finding.state]}m{state}\033[0m" if sys.stdout.isatty() else state
         source = f"  [{finding.source}]" if finding.source else ""
-        print(f"{state} {finding.name:30} {finding.value}{source}")
+        print(f"{finding.state:8} {finding.name:30} {finding.value}{source}")
     print(f"\nTry first: {first}" if first else "\nAll is well.", flush=True)
 
 
 def main() -> int:
-    escape_unencodable()
-    args = parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m clearml_client.doctor",
+        description="Check the whole set-up: configuration, ClearML server, storage, machine. Leaves nothing behind.",
+        epilog="Exit code 0: all well, perhaps with warnings; 1: something failed; 2: wrong arguments.",
+    )
+    parser.add_argument("--output-uri", help=f"where the model goes: {storage.GOOD_URI}; default: CLEARML_OUTPUT_URI")
+    parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, help="check only these parts")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
+    errors.escape_unencodable()
+    args = parser.parse_args()
     logging.getLogger("clearml").handlers = [logging.NullHandler()]  # the findings say it, in words
     logging.getLogger("clearml").propagate = False
-    setup = Setup("", "")
-    found: dict[str, list[Finding]] = {}
-
-    def examine_area(area: str, skipped: str = "") -> None:
-        found[area] = []
-        for chain in CHAINS[area]:
-            failed = skipped
-            for short, check in chain:
-                name = f"{area}: {short}"
-                # The target is a text, which can be looked at whatever is broken.
-                made = not failed or check is check_target
-                finding = examine(setup, name, check) if made else Finding("skipped", failed, name=name)
-                if finding:
-                    found[area].append(finding)
-                    failed = failed or (f"{name} failed" if finding.state == "failed" else "")
-
     with redirect_stdout(sys.stderr):  # what libraries print: --json is only JSON
-        examine_area(AREAS[0])
-        broken = [
-            each.name
-            for each in found[AREAS[0]]
-            if each.name.endswith((": file", ": syntax")) and each.state == "failed"
-        ]
-        chosen = choose_target(args.output_uri, loaded=not broken)
-        setup.uri, setup.source = chosen.uri, chosen.source
-        bad = f"{broken[0]} failed" if broken else ""
-        settings = next((each for each in found[AREAS[0]] if each.name.endswith("ClearML server")), None)
-        no_server = setup.offline or bad or ("half a configuration" if settings and settings.state == "failed" else "")
-        setup.offline = no_server
-        skipped = {"server": no_server, "storage": bad, "machine": ""}
-        threads = [
-            threading.Thread(target=examine_area, args=(area, skipped[area])) for area in AREAS[1:] if area in args.only
-        ]
-        for thread in threads:  # side by side, because silent servers cost seconds
-            thread.start()
-        for thread in threads:
-            thread.join()
-    everything = [finding for area in AREAS for finding in found.get(area, [])]
-    findings = [f for f in everything if f.name.startswith(tuple(args.only)) or f.state == "failed"]
+        findings = examine_all(args.output_uri, args.only)
     with suppress(OSError):  # whoever read it has gone, or the disk is full: the exit code tells
         report(findings, args.json)
     for thread in threading.enumerate():

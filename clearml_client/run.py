@@ -127,8 +127,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
 
     def check_storage(self, uri: str) -> str:
         what = f"no storage at {uri}"
-        with explained(what, doctor=True):
-            call_with_timeout(15, what, lambda: storage.check_access(uri))
+        with explained(what, doctor=True), limit(60, what):
+            storage.check_access(uri)
         uri = uri.rstrip("/") if "://" in uri else f"file://{Path(uri).expanduser().absolute()}"
         print(f"Storage: {uri} (written, read back, deleted)")
         return uri
@@ -146,14 +146,14 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         what = f"the model is in {path}, but not at {self.output_uri or 'the ClearML session'}"
         with explained(what, doctor=True), limit(120 + path.stat().st_size / 1e5, what):
             if self.output_uri:
-                storage.open_store(self.output_uri).size(path.name)
+                storage.open_store(self.output_uri).check_place()  # or the SDK would try for long
             try:
                 yield
             except Exception as error:
                 if self.output_uri and raised_in_library(error):
                     storage.check_access(self.output_uri)  # knows better why not
                 raise
-            addresses = [address for address in stored_addresses() if unquote(address).endswith(f"/{path.name}")]
+            addresses = [address for address in stored_objects() if unquote(address).endswith(f"/{path.name}")]
             if not any(store.matches(store.key(address), path) for address, store in opened(addresses)):
                 raise RunError("what is stored there differs" if addresses else "no address of it is recorded")
         self.stored = addresses[-1] if self.output_uri else ""
@@ -174,9 +174,11 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             with explained(what, doctor=True), limit(180, what):
                 server.ping(patience=60)
                 task.flush(wait_for_uploads=True)
-                for address, store in opened(stored_addresses()):
-                    if store.size(store.key(address)) is None:
-                        raise RunError(f"not there, though its record says so: {address}")
+                sizes = stored_objects()
+                for address, store in opened([*sizes]):
+                    found = store.size(store.key(address))
+                    if found is None or (sizes[address] and found != sizes[address]):
+                        raise RunError(f"{address} has {found} bytes in place of {sizes[address]}")
                 if self.lost.messages:
                     raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
                 task.close()
@@ -220,13 +222,13 @@ def task_at_agent() -> Task:
     return task
 
 
-def stored_addresses() -> list[str]:
-    """Return the addresses of the task's own objects; any other is a link of somebody's."""
+def stored_objects() -> dict[str, int]:
+    """Return address and size of the task's own objects; any other address is a link of somebody's."""
     task = Task.current_task()
-    addresses = [artifact.url for artifact in task.artifacts.values()]
+    sizes = {artifact.url: artifact.size or 0 for artifact in task.artifacts.values()}
     if not task.is_offline():
-        addresses += [model.url for model in task.models["output"]]
-    return [address for address in addresses if address and task.id in address]
+        sizes |= dict.fromkeys([model.url for model in task.models["output"]], 0)  # the record has no size
+    return {address: size for address, size in sizes.items() if address and task.id in address}
 
 
 def opened(addresses: list[str]) -> Iterator[tuple[str, storage.Store]]:

@@ -5,7 +5,11 @@ for each of them: an upgrade that moves one is one red line there.
 """
 
 import atexit
+import errno
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from clearml.backend_config.defs import get_config_file  # the file that the SDK
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever it comes
 from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
 from clearml.config import config_obj, get_cache_dir  # the merged settings; unnecessary: Task.get_config() or the like
-from clearml.storage.helper import StorageHelper, _Boto3Driver, _GoogleCloudStorageDriver, _HttpDriver
+from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
@@ -69,33 +73,29 @@ def s3_arguments(entry: Any) -> dict[str, Any]:
     return arguments
 
 
-def gcs_bucket(uri: str) -> Any:
-    """The google.cloud.storage.Bucket that the SDK uses for this place. Raises whatever its library raises."""
-    entry = StorageHelper._gs_configurations.get_config_by_uri(uri)
-    return _GoogleCloudStorageDriver().get_container(container_name=uri_base(uri), config=entry).bucket
-
-
-def uri_base(uri: str) -> str:
-    """gs://bucket of gs://bucket/path."""
-    return "/".join(uri.split("/")[:3])
-
-
-def azure_entry(uri: str) -> Any:
-    """The account and key for this container, or None."""
-    return StorageHelper._azure_configurations.get_config_by_uri(uri)
-
-
-def api_versions() -> list[tuple[int, ...]]:
-    """The versions of the server's API that this SDK has calls for, oldest first."""
-    import clearml.backend_api.services
-
-    folders = Path(clearml.backend_api.services.__path__[0]).glob("v*")
-    return sorted(tuple(map(int, folder.name[1:].split("_"))) for folder in folders)
-
-
 def file_servers() -> list[str]:
     """Addresses that the SDK takes for file servers, and sends its token to."""
     return [host.rstrip("/") for host in _HttpDriver.get_file_server_hosts()]
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise OSError with a store's words, which the SDK only logs; print nothing."""
+    said: list[str] = []
+
+    def catch(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            said.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("clearml.storage")
+    logger.addFilter(catch)
+    try:
+        yield
+    except Exception as error:
+        raise OSError(errno.EIO, said[0] if said else str(error)) from error
+    finally:
+        logger.removeFilter(catch)
 
 
 def canonical(address: str) -> str:

@@ -11,6 +11,7 @@ The port stays the same for the life of the object, so `stop()` and `start()` ar
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,8 +34,7 @@ if TYPE_CHECKING:
 BIN = Path(sys.executable).parent
 KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 
-# Over https boto3 sends a checksum behind the body, which it does not over http. Not every store knows such
-# uploads: rclone answers 411, MissingContentLength. This variable is the way out; the SDK has no setting.
+# Over https boto3 sends a checksum behind the body, which rclone does not know (411, MissingContentLength).
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 
 
@@ -164,10 +166,7 @@ class S3Store(Store):
 
 
 class Rclone(S3Store):
-    """`rclone serve s3`: ready in 0.2 s; each folder below `folder/data` is a bucket.
-
-    Over https an upload needs the variable in CHECKSUM.
-    """
+    """`rclone serve s3`: ready in 0.2 s. Each folder below `folder/data` is a bucket. Over https: see CHECKSUM."""
 
     def command(self) -> list[str]:
         data, key, certificate = (self.folder / name for name in ("data", "key.pem", "certificate.pem"))
@@ -186,10 +185,7 @@ class Rclone(S3Store):
 
 
 class SeaweedFS(S3Store):
-    """SeaweedFS, a production store: the second S3 server, so that nothing suits one only. Ready in 1 s.
-
-    An upload to a missing bucket makes it.
-    """
+    """SeaweedFS, a production store, ready in 1 s. An upload to a missing bucket makes it."""
 
     READER = ("AKIATESTREADER8765", "may-read-only/0123456789-may-read-only")  # writing is "access denied"
 
@@ -291,3 +287,48 @@ class Plug:
                         self.listener.close()
                         for end in (source, sink):
                             end.shutdown(socket.SHUT_RDWR)
+
+
+class Front:
+    """A port before a store's that refuses what a rule matches, and passes on all other requests.
+
+    The rule is a regular expression for "0 GET /path headers", or with the store's own status in place of 0.
+    """
+
+    def __init__(self, store: Store, rule: str, refusal: str, seconds: float = 0) -> None:
+        class Request(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def is_refused(self, status: int) -> bool:
+                return bool(re.search(rule, f"{status} {self.command} {self.path} {self.headers}", re.DOTALL))
+
+            def do_GET(self) -> None:
+                time.sleep(seconds)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, headers, content = 0, dict[str, str](), b""
+                if not self.is_refused(0):
+                    with closing(HTTPConnection("127.0.0.1", store.port)) as there:
+                        there.request(self.command, self.path, body, dict(self.headers))
+                        reply = there.getresponse()
+                        status, headers, content = reply.status, dict(reply.getheaders()), reply.read()
+                if self.is_refused(status):
+                    status, headers, content = 403, {}, f"<Error><Code>{refusal}</Code></Error>".encode()
+                headers = {"Content-Length": str(len(content))} | headers | {"Connection": "close"}
+                self.send_response_only(status)
+                for name in headers.keys() - {"Transfer-Encoding"}:
+                    self.send_header(name, headers[name])
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else content)
+
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
+        self.host = f"127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,12 +1,16 @@
 """Where the model goes: every kind of storage as README and .env.default have it. How it fails is in test_faults.py."""
 
 import re
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, copy_script
 from stores import CHECKSUM, FakeGCS, Rclone, SeaweedFS, Store
+
+from clearml_client import storage
 
 README = (ROOT / "README.md").read_text()
 
@@ -115,3 +119,23 @@ def test_the_model_arrives(
     assert not (machine.home / "undefined").exists()
     received = repr([stand_in.tasks, stand_in.events, stand_in.models])
     assert Store.secret_key not in received + run.stdout + run.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
+def test_a_listing_is_whole_or_says_why_not(rclone: Rclone, gcs: FakeGCS, tmp_path: Path) -> None:
+    folder, names = rclone.folder / "data/models/list/deep", [f"list/deep/{number}" for number in range(1001)]
+    folder.mkdir(parents=True)
+    for name in names:  # more than a page
+        (folder.parent.parent / name).touch()
+    with closing(rclone.client()) as s3, closing(gcs.client()) as google:
+        places = {bucket: storage.S3(rclone.uri(), s3, bucket=bucket) for bucket in ("models", "nonesuch")}
+        assert sorted(places["models"].list("list/")) == sorted(names)
+        assert places["models"].list("nothing/") == storage.GCS("", google.bucket("models")).list("nothing/") == []
+        with pytest.raises(storage.StorageError, match="cannot list: not there: no such bucket"):
+            places["nonesuch"].list("")
+    listed = storage.Folder("").list(str(folder.parent))
+    assert sorted(listed) == sorted(str(folder.parent.parent / name) for name in names)
+    assert storage.Folder("").list(str(tmp_path / "nothing")) == []
+    shutil.rmtree(folder.parent)
+    with closing(Rclone(tmp_path).client()) as dead, pytest.raises(storage.StorageError, match="no answer: refused"):
+        storage.S3("", dead, bucket="models").list("")
