@@ -196,10 +196,11 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
 def store_model(task: Task, net: Net, path: Path, output_uri: str) -> None:
     """Upload the model and register it with the task. Raise ValueError if an upload fails."""
     if task.is_offline():  # OutputModel needs a server (clearml 2.1.12), an artifact does not
-        address = str(path)
+        metadata = {}
         if output_uri:
-            address = StorageManager.upload_file(address, f"{output_uri}/{task.id}/{path.name}")
-        task.upload_artifact("model", address, wait_on_upload=True)
+            address = f"{output_uri}/{task.id}/{path.name}"
+            metadata["stored"] = StorageManager.upload_file(str(path), address)
+        task.upload_artifact("model", path, metadata, wait_on_upload=True)
         return
     earlier = [model.id for model in task.models["output"]]  # of a run that is resumed
     model = OutputModel(

@@ -225,7 +225,9 @@ def task_at_agent() -> Task:
 def stored_objects() -> dict[str, int]:
     """Return address and size of the task's own objects; any other address is a link of somebody's."""
     task = Task.current_task()
-    sizes = {artifact.url: artifact.size or 0 for artifact in task.artifacts.values()}
+    # An offline session has an artifact itself, and says by `stored` where else it is.
+    artifacts = task.artifacts.values()
+    sizes = {(artifact.metadata or {}).get("stored", artifact.url): artifact.size or 0 for artifact in artifacts}
     if not task.is_offline():
         sizes |= dict.fromkeys([model.url for model in task.models["output"]], 0)  # the record has no size
     return {address: size for address, size in sizes.items() if address and task.id in address}
