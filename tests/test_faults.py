@@ -26,7 +26,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
@@ -478,7 +477,7 @@ def test_a_record_that_the_server_refuses_leaves_no_object(
 
     store = machine.home / "store"
     with monkeypatch.context() as patch:
-        patch.setitem(clearml_server.HANDLERS, "models.create", (refuse, "1.0"))
+        patch.setattr(ClearMLServer, "models_create", refuse)
         run = bench.train("--epochs", 1, "--output-uri", store)
         assert run.end() == 1, run.everything
     model = machine.outputs("model.pt")
