@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
@@ -33,12 +33,12 @@ import werkzeug
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 Doc = dict[str, Any]
+Names = Collection[str]
 
 API_VERSION = "2.34"
 COMPANY = "d1bd92a3b039400cbafc60a7a5b1e52b"  # the company of every open-source server
 USER = "dba89b6cc7e18ad770f4e80dc22918df"
 SINGLE_VALUE = -(2**31)  # the "iteration" of Logger.report_single_value
-PAGE_SIZE = 500
 SERVICES = ("auth", "debug", "events", "models", "projects", "queues", "tasks", "workers")
 NOT_OPEN_SOURCE = "workers.get_runtime_properties"  # asked for by the agent, answered with 404
 NO_SUCH = {"task": 101, "model": 201, "project": 401, "queue": 701}  # the subcodes of these refusals
@@ -218,8 +218,6 @@ class ClearMLServer:
         self.renew_secret()
         self.queues_create("default")
 
-    # Starting and stopping
-
     def start(self, tls: ssl.SSLContext | None = None) -> None:
         """Serve; after `stop` on the same ports, with the same state."""
         for number, answer in enumerate((self.answer_api, self.answer_file, self.answer_web)):
@@ -251,13 +249,6 @@ class ClearMLServer:
 }}
 """
 
-    # What a user does elsewhere
-
-    def abort(self, task_id: str) -> None:
-        """Press "Abort" in the web page."""
-        with self._lock:
-            self.tasks_stop(task_id)
-
     def revoke_keys(self) -> None:
         """Delete the keys: no login succeeds. A token is good until it expires, or the secret changes."""
         self.access_key = _new_id()
@@ -272,8 +263,6 @@ class ClearMLServer:
         claims = {"api_version": API_VERSION, "server_version": "2.3.0", "feature_set": "basic"}
         expires = int(time.time()) + 30 * 24 * 3600
         return jwt.encode({**claims, "exp": expires, "identity": {"user_name": "tester"}}, self._secret)
-
-    # HTTP
 
     def answer_api(self, request: werkzeug.Request) -> werkzeug.Response:
         *_, version, name = f"/{request.path}".split("/")  # /v2.23/tasks.create, /tasks.create
@@ -357,8 +346,6 @@ class ClearMLServer:
     def answer_web(self, request: werkzeug.Request) -> werkzeug.Response:
         return werkzeug.Response("<title>ClearML</title>", mimetype="text/html")
 
-    # Finding
-
     def _find(self, kind: str, doc_id: str) -> Doc:
         """The document for a call that changes it."""
         docs: dict[str, Doc] = getattr(self, f"{kind}s")
@@ -378,21 +365,20 @@ class ClearMLServer:
     def _get_all(
         self,
         kind: str,
-        *,
-        only_fields: Collection[str] = (),
-        order_by: Sequence[str] = (),
+        only_fields: Names = (),
+        order_by: Names = (),
         page: int = 0,
-        page_size: int = PAGE_SIZE,
-        **filters: Any,
+        page_size: int = 500,
+        **asked: Any,
     ) -> Doc:
         """Any *.get_all: filter, order, cut out a page of 500 at most, reduce to the requested fields."""
         docs = list(getattr(self, kind).values())
-        for field, wanted in filters.items():
+        for field, wanted in asked.items():
             docs = [doc for doc in docs if _matches(doc, field, wanted)]
-        for field in reversed(order_by):
+        for field in reversed([*order_by]):
             docs.sort(key=partial(_get, path=field.lstrip("-")), reverse=field.startswith("-"))
-        page_size = min(page_size, PAGE_SIZE)
-        docs = docs[page * page_size : (page + 1) * page_size]
+        size = min(page_size, 500)
+        docs = docs[page * size : (page + 1) * size]
         return {kind: [_pick(doc, only_fields or doc.keys() - HIDDEN) for doc in docs]}
 
     tasks_get_all = partialmethod(_get_all, "tasks")
@@ -400,15 +386,11 @@ class ClearMLServer:
     projects_get_all = partialmethod(_get_all, "projects")
     queues_get_all = partialmethod(_get_all, "queues")
 
-    # auth, debug
-
     def auth_login(self) -> Doc:
         return {"token": self.token}
 
     def debug_ping(self) -> Doc:
         return {"msg": "ClearML server"}
-
-    # projects
 
     def projects_create(self, name: str, description: str = "") -> Doc:
         parts = [part.strip() for part in name.split("/") if part]
@@ -438,8 +420,6 @@ class ClearMLServer:
             doc |= {**_changed(), "last_iteration": 0, "last_metrics": {}}
         getattr(self, f"{kind}s")[doc["id"]] = doc | fields
         return {"id": doc["id"]}
-
-    # tasks: making and changing
 
     def tasks_create(self, name: str, type: str, **fields: Any) -> Doc:  # noqa: A002
         task: Doc = {"status": "created", "type": type, "hyperparams": {}, "configuration": {}, "runtime": {}}
@@ -526,25 +506,17 @@ class ClearMLServer:
         doc = self._known_task(task)
         return {"task": _pick(doc, doc.keys() - HIDDEN)}
 
-    # tasks: changing state
-
     def _change_status(
-        self,
-        task: Doc,
-        status: str,
-        force: bool = False,
-        status_reason: str = "",
-        status_message: str = "",
-        **changes: Any,
+        self, task: Doc, new: str, force: bool = False, status_reason: str = "", status_message: str = "", **more: Any
     ) -> Doc:
         current = task["status"]
-        if not force and status != current and status not in TRANSITIONS[current]:
-            text = f"Invalid task status (Invalid status change): current_status={current}, new_status={status}"
+        if not force and new != current and new not in TRANSITIONS[current]:
+            text = f"Invalid task status (Invalid status change): current_status={current}, new_status={new}"
             raise ApiError(text, 110)
-        fields = {"status": status, "status_reason": status_reason, "status_message": status_message}
-        fields |= _changed("status_changed", "last_update") | changes
+        fields = {"status": new, "status_reason": status_reason, "status_message": status_message}
+        fields |= _changed("status_changed", "last_update") | more
         task |= fields
-        if status == "queued":  # from here on it is no longer a run of a developer's machine
+        if new == "queued":  # from here on it is no longer a run of a developer's machine
             task["system_tags"] = [tag for tag in task["system_tags"] if tag != "development"]
         return {"updated": 1, "fields": fields}
 
@@ -559,7 +531,7 @@ class ClearMLServer:
         return {**result, "started": 1}
 
     def tasks_stop(self, task: str, force: bool = False, status_reason: str = "") -> Doc:
-        """Stop a task, or tell the agent that runs it to do so: by the message "stopping", its status stays."""
+        """What "Abort" in the web page asks for. An agent sees the message "stopping", and ends its task itself."""
         doc = self._find("task", task)
         is_alive = "last_worker" in doc and _since(doc["last_update"]) < WORKER_TIMEOUT
         if is_alive and doc["status"] != "queued" and "development" not in doc["system_tags"]:
@@ -600,8 +572,6 @@ class ClearMLServer:
         counts = {"updated_children": len(children), "updated_models": 0, "deleted_models": len(models)}
         return {"deleted": True, **counts, "urls": None}
 
-    # queues and workers
-
     def queues_create(self, name: str) -> Doc:
         return self._add("queue", name, entries=[], metadata=[])
 
@@ -637,17 +607,15 @@ class ClearMLServer:
         del doc["enqueue_status"]
         return {"dequeued": 1, **result}
 
-    def workers_register(self, worker: str, queues: Sequence[str] = ()) -> Doc:
+    def workers_register(self, worker: str, queues: Names = ()) -> Doc:
         return {}
 
     workers_unregister = workers_register
 
-    def workers_status_report(self, worker: str, task: str = "", queue: str = "", queues: Sequence[str] = ()) -> Doc:
+    def workers_status_report(self, worker: str, task: str = "", queue: str = "", queues: Names = ()) -> Doc:
         if task:
             self._find("task", task).update(_changed("last_update", "last_worker_report"), last_worker=worker)
         return {}
-
-    # models
 
     def models_create(self, uri: str, name: str, ready: bool = True, **fields: Any) -> Doc:
         _check_fields(fields, MODEL_FIELDS)
@@ -685,8 +653,6 @@ class ClearMLServer:
             task["models"]["output"] = [item for item in outputs if item["model"] != model]
         del self.models[model]
         return {"deleted": True, "url": doc["uri"]}
-
-    # events: writing
 
     def events_add_batch(self, events: list[Doc]) -> Doc:
         errors = Counter(f"Invalid task id {event['task']}" for event in events if event["task"] not in self.tasks)
@@ -730,8 +696,6 @@ class ClearMLServer:
             by_type = stats["event_stats_by_type"].setdefault(event["type"], {"last_update": 0})
             by_type["last_update"] = max(by_type["last_update"], event["timestamp"])
         task["metric_stats"] = latest
-
-    # events: reading
 
     def _events(self, task: str, event_type: str) -> list[Doc]:
         self._known_task(task)
@@ -799,7 +763,7 @@ class ClearMLServer:
 if __name__ == "__main__":
     server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")))
     server.start()
-    print(server.configuration())
-    print(f"# This is the clearml.conf. Uploaded files: {server.files_folder}. Ctrl-C ends the server.", flush=True)
+    print("# For ~/clearml.conf:", server.configuration(), f"# Uploaded files: {server.files_folder}", sep="\n")
+    print("# Ctrl-C ends the server.", flush=True)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -4,7 +4,9 @@ That clearml itself works with it, in runs, clones, imports, aborts and outages,
 """
 
 import json
+import signal
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import clearml_server
 import pytest
 import requests
 from clearml_server import ApiError, ClearMLServer
+from conftest import Machine
 
 DATA = Path(__file__).parent / "data"
 
@@ -131,3 +134,63 @@ def test_the_file_server_wants_a_token_and_notes_what_it_does_not_know(server: C
     assert server.unknown.pop() == "file server: PUT /a"
     codes = [requests.get(url, headers=these, timeout=60).status_code for these in (headers, {})]
     assert codes == [200, 401]
+
+
+@pytest.mark.parametrize(
+    ("tags", "silent_for", "status", "message"),
+    [
+        (["development"], 0, "stopped", "Stopped by tester"),
+        ([], 0, "in_progress", "stopping"),
+        ([], 11, "stopped", "Stopped by tester"),
+    ],
+)
+def test_an_abort_ends_a_task_but_tells_an_agent(
+    server: ClearMLServer, tags: list[str], silent_for: int, status: str, message: str
+) -> None:
+    """Afterwards an agent may call it failed; queued again it has the last iteration of before."""
+    task = server.tasks_create("a task", "training", system_tags=tags)["id"]
+    doc = server.tasks[task]
+    server.tasks_started(task)
+    server.workers_status_report("a worker", task)
+    server.events_add_batch([{"type": "training_stats_scalar", "task": task, "iter": 7, "value": 1.0}])
+    doc["last_update"] = (datetime.now(UTC) - timedelta(minutes=silent_for)).isoformat()
+    server.tasks_stop(task)
+    assert (doc["status"], doc["status_message"]) == (status, message)
+    server.tasks_stopped(task)
+    server.tasks_failed(task)
+    server.tasks_enqueue(task, queue_name="default")
+    assert (doc["status"], doc["last_iteration"]) == ("queued", 7)
+
+
+def test_what_is_revoked_void_or_deleted_is_refused(server: ClearMLServer) -> None:
+    task = server.tasks_create("a task", "training")["id"]
+    keys, token = (server.access_key, server.secret_key), server.token
+
+    def ask(name: str, **data: Any) -> tuple[int, int]:
+        who: dict[str, Any] = (
+            {"auth": keys} if name == "auth.login" else {"headers": {"Authorization": f"Bearer {token}"}}
+        )
+        status, answer = send(server, f"/{name}", json.dumps(data), **who)
+        return status, answer["meta"]["result_subcode"]
+
+    server.revoke_keys()
+    assert [ask("auth.login"), ask("tasks.get_by_id", task=task)] == [(401, 22), (200, 0)]  # a token outlives its keys
+    server.renew_secret()
+    assert ask("tasks.get_by_id", task=task) == (401, 30)
+    token = server.token
+    server.tasks_delete(task, force=True)
+    for name in ("tasks.get_by_id", "tasks.edit", "tasks.stopped", "tasks.failed", "tasks.completed"):
+        assert ask(name, task=task) == (400, 101), name
+    assert ask("tasks.started", task=task) == (400, 10)
+    assert ask("events.add_batch", events=[{"type": "log", "task": task}]) == (400, 131)
+
+
+def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> None:
+    script = machine.start("tests/clearml_server.py")
+    assert script.stdout
+    lines = iter(script.stdout.readline, "# Ctrl-C ends the server.\n")
+    machine.configure(*lines)
+    done = machine.run("pytorch_mnist.py", "--dry-run")
+    script.send_signal(signal.SIGINT)
+    assert (done.returncode, *script.communicate()) == (0, "", ""), done.everything
+    assert script.returncode == 0

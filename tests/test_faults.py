@@ -370,7 +370,7 @@ def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Pat
 def test_abort_in_the_web_ui_ends_the_training(bench: Bench, machine: Machine) -> None:
     run = bench.train("--epochs", LONG)
     run.wait_for("epoch 1/")
-    bench.server.abort(run.task)
+    bench.server.tasks_stop(run.task)
     run.since = time.monotonic()
     run.end(within=2 + 10)  # the SDK asks every 2 s; from then on it is SIGTERM
     bench.ends(run)
