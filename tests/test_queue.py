@@ -219,7 +219,9 @@ PULL_REQUEST = f"{NOT_PUSHED}; git push -q origin HEAD:refs/pull/1/merge; git up
 
 def test_a_checkout_as_cloned_or_of_a_tag_is_well(checkout: Path) -> None:
     check_repository(checkout / "pytorch_mnist.py")
-    shell(checkout, NOT_PUSHED, "git push -q origin HEAD:refs/tags/v2; git checkout -q --detach")
+    shell(
+        checkout, f"{NOT_PUSHED} --message 'of a tag'", "git push -q origin HEAD:refs/tags/v2; git checkout -q --detach"
+    )
     check_repository(checkout / "pytorch_mnist.py")
 
 
