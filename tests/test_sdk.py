@@ -37,6 +37,7 @@ def test_the_session_takes_its_retries() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
 def test_settings_can_be_read_changed_and_forgotten() -> None:
+    sdk.forget_settings()
     before = sdk.setting("sdk.aws.s3.use_credentials_chain", None)
     sdk.put("sdk.aws.s3.use_credentials_chain", "changed")
     assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
