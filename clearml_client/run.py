@@ -16,7 +16,6 @@ import builtins
 import errno
 import logging
 import os
-import shlex
 import signal
 import sys
 import traceback
@@ -32,8 +31,8 @@ from clearml import Task
 
 import clearml_client
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.ending import SCRIPT, Watcher, command, ending, limit
-from clearml_client.errors import RunError, UsageError, call_with_timeout, escape_unencodable, one_line
+from clearml_client.ending import SCRIPT, Watcher, ending, limit
+from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
@@ -166,8 +165,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         if task.is_offline():
             session = f"{task.get_offline_mode_folder()}.zip"
             task.close()
-            command = f"uv run clearml-task --import-offline-session {shlex.quote(session)}"
-            last = f"To take the session to a server: {command}"
+            last = f"To take the session to a server: {command('clearml-task', '--import-offline-session', session)}"
         else:
             what = "the last reports did not reach the ClearML server"
             last = f"Results: {task.get_output_log_web_page()}"
@@ -270,7 +268,8 @@ def raised_in_library(error: BaseException) -> bool:
 
 def end_early(error: BaseException, output_uri: str) -> None:
     """Say what happened, give the task its status, and leave with the exit code."""
-    find = f"; find the cause: {command('clearml_client.doctor', output_uri)}"
+    target = ["--output-uri", output_uri] if output_uri else []
+    find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
     code = getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):
         ending.say("interrupted", 128 + signal.SIGINT, "stopped", seconds=8)
