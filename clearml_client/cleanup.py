@@ -63,6 +63,7 @@ class NoAnswerError(RunError):
     """The server does not answer, so that no other task need be tried."""
 
 
+# --- the ClearML server ---------------------------------------------------------------------------------------------
 def ask(call: str, **parameters: Any) -> Doc:
     """Call the server's API. Raise NoAnswerError, or another RunError where the server refuses."""
     session = server.session()
@@ -105,6 +106,7 @@ def image_addresses(task: str) -> set[str]:
     return {address for address in found if "://" in address[:20]}  # not what a plot holds itself, data:image/png;...
 
 
+# --- tasks and what they own ----------------------------------------------------------------------------------------
 def find_store(address: str, folders: list[Path]) -> tuple[Store, str]:
     """Find the store of an address, as the SDK's configuration has it, and the key there. Raise RunError."""
     address = sdk.canonical(address)
@@ -259,10 +261,7 @@ class Project:
                 for _, other in others:
                     task.keep(KeepTask(f"task {other} has a link to its {kind} {address}"))
                 store, key = find_store(address, self.folders)
-                stored = StoredObject(kind, address, store, key, store.size(key))
-                task.objects.append(stored)
-                if stored.size is None:
-                    store.list(key)  # an error where the whole bucket is missing
+                task.objects.append(StoredObject(kind, address, store, key, store.size(key)))
         except RunError as error:
             task.keep(error)
         return task
@@ -311,6 +310,7 @@ class Project:
         self.deleted.add(id_)
 
 
+# --- the command ----------------------------------------------------------------------------------------------------
 def parse_args() -> Namespace:
     parser = ArgumentParser(prog=f"python -m {NAME}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--project-name", required=True, help="the project, by its whole name; not those below it")
