@@ -34,6 +34,8 @@ import clearml_client
 
 clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
+from clearml import Task
+
 from clearml_client import configuration, errors, sdk, server, storage
 from clearml_client.configuration import ACCESS, FILES, HOST, WEB, display_path, in_file, origin, variable
 from clearml_client.errors import PLAIN_PORT, TLS_PORT, RunError, call_with_timeout, diagnose, last4, one_line, redact
@@ -145,7 +147,8 @@ def check_syntax(_: Setup) -> Found:
 
 def check_settings(setup: Setup) -> Found:
     setup.offline = configuration.why_offline()
-    if name := setup.offline and configuration.variable_in_use(configuration.OFFLINE):
+    if Task.is_offline():
+        name = configuration.variable_in_use(configuration.OFFLINE)
         return "runs are recorded offline", variable(name), f"unset {name}"
     if setup.offline:
         setup.offline = "no server is configured"
