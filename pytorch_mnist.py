@@ -32,10 +32,10 @@ clearml_client.prepare_environment()  # reads .env: before `import clearml`, whi
 import numpy as np
 import torch
 from clearml import Logger, OutputModel, StorageManager, Task
-from PIL import Image
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets import MNIST
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from clearml_client import agent, checkpoint, run
@@ -215,8 +215,6 @@ def report_results(
 ) -> None:
     """Report a confusion matrix, a table and a picture; upload the predictions as an artifact."""
     logger, count = task.get_logger(), len(CLASSES)
-    if task.output_uri:
-        logger.set_default_upload_destination(task.output_uri)  # where the picture goes
     confidence, predicted = log_probs.exp().max(dim=1)
     hits = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
     correct, mistakes = hits.diag(), hits - hits.diag().diag()
@@ -235,20 +233,21 @@ def report_results(
     logger.report_table("per class", "test", step, table_plot=table)
 
     # A confusion matrix of images: in each cell the one of which the network was surest.
-    grid = torch.full((count, count, *images.shape[1:]), 255, dtype=torch.uint8)
+    cells = torch.ones(count**2, 1, *images.shape[1:])
     for index in confidence.argsort().tolist():
-        grid[labels[index], predicted[index]] = images[index]
-    picture = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()
-    Image.fromarray(picture).resize((84 * count, 84 * count)).save(folder / "mistakes.png")
-    logger.report_image("mistakes", "test", step, local_path=str(folder / "mistakes.png"))
-
+        cells[labels[index] * count + predicted[index]] = images[index] / 255
+    path = folder / "mistakes.png"
+    save_image(nn.functional.interpolate(cells, scale_factor=3), path, nrow=count, padding=0)
+    task.upload_artifact("mistakes", path, wait_on_upload=True)
+    url = task.artifacts["mistakes"].url  # without it, the picture would go to the file server
+    where = {"local_path": str(path)} if task.is_offline() else {"url": url}
+    logger.report_image("mistakes", "test", step, **where)
     path, header = folder / "predictions.csv", "index,label,prediction,confidence"
     columns = np.column_stack([np.arange(len(labels)), labels, predicted, confidence])
     np.savetxt(path, columns, "%d,%d,%d,%.6f", header=header, comments="")
     task.upload_artifact("predictions", path, wait_on_upload=True)
 
 
-# --- arguments, main -------------------------------------------------------------------------
 def make_parser() -> ArgumentParser:
     style, uri = ArgumentDefaultsHelpFormatter, os.getenv("CLEARML_OUTPUT_URI", "")
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)

@@ -248,18 +248,22 @@ def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab) -> N
             done = lab.machine.run(clearml_task, "--import-offline-session", session)
             assert done.returncode == 0, done.stderr
         session.unlink()
-    models = [key for key in lab.objects() if "offline-" in key]
+
+    def stored() -> list[str]:
+        return [key for key in [*lab.s3.keys(), *map(str, lab.folder.rglob("*.pt"))] if "offline-" in key]
+
+    models = stored()
     assert len(models) == 2
     firsts, seconds = lab.tasks()[::2], lab.tasks()[1::2]
     for task in firsts:
         lab.archive(task)
     assert lab.delete("--folder", lab.folder).count("1 foreign object") == 2 * 2  # when listed and when deleted
     assert lab.tasks() == seconds
-    assert {*models} <= {*lab.objects()}
+    assert stored() == models
     for task in seconds:
         lab.archive(task)
     lab.delete("--folder", lab.folder)
-    assert lab.left() == GONE
+    assert (lab.left(), stored()) == (GONE, [])
     assert not [*lab.folder.rglob("offline*")], "an empty folder was left"
 
 

@@ -1,10 +1,8 @@
 """Every private name of the SDK that clearml_client/sdk.py uses, asked of the SDK that is installed."""
 
 import inspect
-import time
 
 import clearml.utilities.resource_monitor
-import jwt
 import pytest
 from clearml import Task
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
@@ -50,6 +48,5 @@ def test_settings_can_be_read_changed_and_forgotten() -> None:
 def test_a_call_arrives_though_the_server_was_restarted_with_another_secret(stand_in: ClearMLServer) -> None:
     keys = {"api_key": stand_in.access_key, "secret_key": stand_in.secret_key}
     session = sdk.Session(host=stand_in.api_url, http_retries_config={"total": 1}, **keys)
-    claims = {"exp": time.time() + 3600, "api_version": sdk.Session.api_version}
-    stand_in.token = jwt.encode(claims, "another secret, of 32 bytes at least")
+    stand_in.renew_secret()
     assert session.send_request("projects", "get_all", json={}).status_code == 200
