@@ -117,7 +117,8 @@ def train(
     # The images are on the device as a whole: to index them is faster than a DataLoader.
     batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
     total = torch.zeros((), device=images.device)
-    bar = tqdm(batches, leave=False, disable=None, file=sys.__stderr__)  # not in ClearML's console
+    terminal = os.fdopen(2, "w", closefd=False)  # ClearML records what goes to sys.stderr
+    bar = tqdm(batches, leave=False, disable=None, file=terminal)
     for step, batch in enumerate(bar, (epoch - 1) * len(batches) + 1):
         pixels = augment(normalise(images[batch]), shift)
         loss = nn.functional.cross_entropy(net(pixels), labels[batch])
