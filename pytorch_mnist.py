@@ -223,8 +223,9 @@ def report_results(
     colours = [(0, "white"), (1 / top, "gold"), (1 - 1 / top, "red"), (1, "lightgrey")]
     z = (mistakes + top * torch.eye(count)).numpy()
     axes = {"xaxis": "prediction", "yaxis": "label", "xlabels": CLASSES, "ylabels": CLASSES}
-    look = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours, "zmin": 0}
-    look |= {"xaxis": {"dtick": 1}, "yaxis": {"dtick": 1, "autorange": "reversed"}}
+    look = {"text": hits.tolist(), "texttemplate": "%{text}", "zmin": 0, "zmax": top}
+    look |= {"colorscale": colours, "xaxis": {"dtick": 1}}
+    look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
     logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
     precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 for a class that is never predicted
     recall = correct / hits.sum(dim=1)
