@@ -152,8 +152,9 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
     device = torch.device(best if args.device == "auto" else args.device)
     images, labels = load_mnist(args.data_dir, "train")
     test_images, test_labels = load_mnist(args.data_dir, "t10k")
-    if not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        sys.exit(f"labels {labels.min()} to {labels.max()}, but there are {len(CLASSES)} CLASSES")
+    low, high = torch.cat([labels, test_labels]).aminmax()
+    if not 0 <= low <= high < len(CLASSES):
+        sys.exit(f"labels {low} to {high}, but there are {len(CLASSES)} CLASSES")
     count, epochs = (args.batch_size, 1) if args.dry_run else (len(images), args.epochs)
     images, labels = images[:count].to(device), labels[:count].to(device)
     steps = math.ceil(len(images) / args.batch_size)  # of an epoch
