@@ -228,8 +228,8 @@ def report_results(
     look |= {"colorscale": colours, "xaxis": {"dtick": 1}}
     look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
     logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
-    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 for a class that is never predicted
-    recall = correct / hits.sum(dim=1)
+    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 where there is none
+    recall = (correct / hits.sum(dim=1)).nan_to_num()
     table: list[list[object]] = [["class", "precision", "recall", "images"]]
     for label, p, r, row in zip(CLASSES, precision, recall, hits, strict=True):
         table.append([label, f"{p:.2%}", f"{r:.2%}", int(row.sum())])
