@@ -117,7 +117,8 @@ def train(
     # The images are on the device as a whole: to index them is faster than a DataLoader.
     batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
     total = torch.zeros((), device=images.device)
-    bar = tqdm(batches, leave=False, disable=None, file=sys.__stderr__)  # not in ClearML's console
+    terminal = os.fdopen(2, "w", closefd=False)  # ClearML records what goes to sys.stderr
+    bar = tqdm(batches, leave=False, disable=None, file=terminal)
     for step, batch in enumerate(bar, (epoch - 1) * len(batches) + 1):
         pixels = augment(normalise(images[batch]), shift)
         loss = nn.functional.cross_entropy(net(pixels), labels[batch])
@@ -151,8 +152,9 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
     device = torch.device(best if args.device == "auto" else args.device)
     images, labels = load_mnist(args.data_dir, "train")
     test_images, test_labels = load_mnist(args.data_dir, "t10k")
-    if not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        sys.exit(f"labels {labels.min()} to {labels.max()}, but there are {len(CLASSES)} CLASSES")
+    low, high = torch.cat([labels, test_labels]).aminmax()
+    if not 0 <= low <= high < len(CLASSES):
+        sys.exit(f"labels {low} to {high}, but there are {len(CLASSES)} CLASSES")
     count, epochs = (args.batch_size, 1) if args.dry_run else (len(images), args.epochs)
     images, labels = images[:count].to(device), labels[:count].to(device)
     steps = math.ceil(len(images) / args.batch_size)  # of an epoch
@@ -222,11 +224,12 @@ def report_results(
     colours = [(0, "white"), (1 / top, "gold"), (1 - 1 / top, "red"), (1, "lightgrey")]
     z = (mistakes + top * torch.eye(count)).numpy()
     axes = {"xaxis": "prediction", "yaxis": "label", "xlabels": CLASSES, "ylabels": CLASSES}
-    look = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours, "zmin": 0}
-    look |= {"xaxis": {"dtick": 1}, "yaxis": {"dtick": 1, "autorange": "reversed"}}
+    look = {"text": hits.tolist(), "texttemplate": "%{text}", "zmin": 0, "zmax": top}
+    look |= {"colorscale": colours, "xaxis": {"dtick": 1}}
+    look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
     logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
-    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 for a class that is never predicted
-    recall = correct / hits.sum(dim=1)
+    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 where there is none
+    recall = (correct / hits.sum(dim=1)).nan_to_num()
     table: list[list[object]] = [["class", "precision", "recall", "images"]]
     for label, p, r, row in zip(CLASSES, precision, recall, hits, strict=True):
         table.append([label, f"{p:.2%}", f"{r:.2%}", int(row.sum())])
