@@ -16,6 +16,7 @@ import builtins
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -67,7 +68,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         except BaseException as error:
             ending.unwinding.set()
             end_early(error, self.given)
-        logging.getLogger("clearml").addHandler(self.lost)
+        for handler in logging.getLogger("clearml").handlers:
+            handler.addFilter(self.lost)
         return self
 
     def __exit__(
@@ -139,9 +141,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         The server is waited for first, a minute at most, and the storage is asked whether it is still there. A file has
         two minutes and a second for each 100 KB. Raise RunError, which says where the file is.
         """
-        if not Task.is_offline():
-            with explained(f"the model is in {path}, and the last reports did not reach the server", doctor=True):
-                server.ping(patience=60)
+        wait_for_server(f"the model is in {path}, and the last reports did not reach the server")
         what = f"the model is in {path}, but not at {self.output_uri or 'the ClearML session'}"
         with explained(what, doctor=True), limit(120 + path.stat().st_size / 1e5, what):
             if self.output_uri:
@@ -169,8 +169,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         else:
             what = "the last reports did not reach the ClearML server"
             last = f"Results: {task.get_output_log_web_page()}"
+            wait_for_server(what)
             with explained(what, doctor=True), limit(180, what):
-                server.ping(patience=60)
                 task.flush(wait_for_uploads=True)
                 sizes = stored_objects()
                 for address, store in opened([*sizes]):
@@ -190,16 +190,25 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         print(last)
 
 
-class LostReports(logging.Handler):
-    """Collect what the SDK could not report or upload in the background: it only logs that, and goes on."""
+class LostReports(logging.Filter):
+    """Collect what the SDK could not report or upload in the background: it only logs that, and goes on.
+
+    Let each message through once: the SDK repeats some of them for each try.
+    """
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
         self.messages: list[str] = []
+        self.seen: set[str] = set()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith(("clearml.metrics", "clearml.storage")):
-            self.messages.append(record.getMessage())
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR and record.name.lower().startswith(("clearml.metrics", "clearml.storage")):
+            self.messages.append(message)
+        kind = re.sub("[0-9a-f]", "", message)  # the same for other ids and numbers
+        is_new = kind not in self.seen
+        self.seen.add(kind)
+        return is_new
 
 
 def refuse_finished(task_id: str) -> None:
@@ -208,6 +217,17 @@ def refuse_finished(task_id: str) -> None:
     status = str(task.status) if task else "deleted"
     if status in ("completed", "closed", "published", "publishing", "deleted"):
         raise UsageError(f"cannot resume: the task {task_id} is {status}")
+
+
+def wait_for_server(what: str) -> None:
+    """Wait for the server, a minute at most, and see that it still has the task. Else RunError with these words."""
+    if Task.is_offline():
+        return
+    with explained(what, doctor=True):
+        server.ping(patience=60)
+        server.session.cache_clear()  # its token is void if the server was restarted with another secret
+        if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
+            raise RunError("somebody has deleted the task on the ClearML server")
 
 
 def task_at_agent() -> Task:

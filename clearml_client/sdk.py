@@ -6,6 +6,8 @@ for each of them: an upgrade that moves one is one red line there.
 
 import atexit
 import errno
+import io
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import clearml
+import requests
 
 # Unused names of this list are used by the modules that import them from here.
 from clearml.backend_api import Session  # the addresses, and calls of ours; way out: a public getter, and APIClient
@@ -54,12 +57,21 @@ def limit_session(connect: float, answer: float) -> None:
 
 
 def send_request(*arguments: Any, **options: Any) -> Any:
-    """Send a call once more where a restarted server did not know its token any more.
+    """Send a call as the SDK does, but for two answers of a server that was restarted, or that has revoked the keys.
 
-    The SDK gets a new token, but sends the call again with the old one; way out: the same there.
+    Of a token that is void the SDK gets a new one, but sends the call again with the old one: send it once more. Where
+    there is no new token it prints a traceback and tries again, for ever: fail. Way out: the same there.
     """
-    answer = send_once(*arguments, **options)
-    return send_once(*arguments, **options) if answer is not None and answer.status_code == 401 else answer
+    try:
+        answer = send_once(*arguments, **options)
+        return send_once(*arguments, **options) if answer is not None and answer.status_code == 401 else answer
+    except LoginError as error:
+        refused = requests.Response()
+        refused.status_code = 401
+        meta = {"result_code": 401, "result_subcode": 0, "result_msg": str(error), "id": "", "trx": ""}
+        meta["endpoint"] = {"name": "auth.login", "requested_version": 1.0, "actual_version": "1.0"}
+        refused.raw = io.BytesIO(json.dumps({"meta": meta, "data": {}}).encode())
+        return refused
 
 
 send_once, Session.send_request = Session.send_request, send_request
