@@ -223,7 +223,7 @@ def report_results(
     colours = [(0, "white"), (1 / top, "gold"), (1 - 1 / top, "red"), (1, "lightgrey")]
     z = (mistakes + top * torch.eye(count)).numpy()
     axes = {"xaxis": "prediction", "yaxis": "label", "xlabels": CLASSES, "ylabels": CLASSES}
-    look = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours}
+    look: dict[str, Any] = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours}
     look |= {"zmin": 0, "zmax": top, "xaxis": {"dtick": 1}}
     look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
     logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
