@@ -14,7 +14,7 @@ from clearml import Task
 from clearml_client.ending import ending
 from clearml_client.errors import RunError, call_with_timeout, one_line
 
-CHANGEABLE = {"resume", "offline", "queue", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run
+CHANGEABLE = {"offline", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run, which keeps them if not
 PATIENCE = 5  # seconds for ClearML to send what it has to report
 
 
@@ -52,9 +52,10 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     if current := Task.current_task():
         with suppress(TimeoutError):  # the server is away: ClearML goes on sending, and the end of the run waits for it
             call_with_timeout(PATIENCE, "ClearML", lambda: current.flush(wait_for_uploads=True))
-    fixed = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
+    given = {name: value for name, value in vars(args).items() if name not in ("resume", "queue")}
+    given |= {name: str(value.absolute()) for name, value in given.items() if isinstance(value, Path)}
     states = {name: part.state_dict() for name, part in parts.items()}
-    content = {"args": fixed, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
+    content = {"args": given, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
     save_atomically(content, path)
     ending.checkpoint = path
 
@@ -93,7 +94,7 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     args = parser.parse_args()
     check_device(parser, args)
     for name, value in began.items():
-        if getattr(args, name, value) != value:
+        if name not in CHANGEABLE and getattr(args, name, value) != value:
             parser.error(f"argument --resume: --{name.replace('_', '-')} was {value}, and cannot change now")
     return args, progress
 
