@@ -79,8 +79,9 @@ def load_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
             socket.setdefaulttimeout(10)  # for a mirror that does not answer
             MNIST(folder, download=True)
         pixels, digits = (bytearray(gzip.decompress(file.read_bytes())) for file in files)
-        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16).view(-1, 28, 28)
-        return images, torch.frombuffer(digits, dtype=torch.uint8, offset=8).long()
+        labels = torch.frombuffer(digits, dtype=torch.uint8, offset=8).long()
+        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16)
+        return images.view(len(labels), 28, 28), labels
     except (OSError, EOFError, RuntimeError, zlib.error) as error:
         sys.exit(f"no MNIST in {raw}: {files[0].name}, {files[1].name}: {error}; see {DATA}")
 
