@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import pygal
 import torch
 from clearml_server import ClearMLServer
+from keeper import keep
 from pygal.style import CleanStyle
 from stores import Rclone
 from torch.nn import functional
@@ -167,6 +168,7 @@ def measure(quick: bool) -> tuple[dict[str, list[Run]], dict[str, float]]:
         name: [] for name in (*NAMES, "imports", "dry", "long", "one process", "two processes")
     }
     with ExitStack() as stack:
+        stack.callback(keep())
         bench = Bench(stack)
         for seed in range(1, 2 if quick else 6):
             runs["script"].append(bench.run(SCRIPT, "--seed", seed))

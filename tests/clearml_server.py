@@ -4,50 +4,48 @@ It answers the calls that clearml 2.1.12 and clearml-agent 3.0.3 make in this pr
 server (API 2.34) answers them: the same fields, the same refusals, the same error codes. Everything is in
 memory except the uploaded files. A call or a parameter that it does not know is refused (by 400: the SDK repeats
 a call for ever that a 501 answers) and noted in `ClearMLServer.unknown`, because an invented answer proves nothing.
+
+As a script it prints a clearml.conf and serves until Ctrl-C.
 """
 
-import base64
 import hashlib
 import json
 import math
-import operator
 import re
 import ssl
 import struct
+import tempfile
 import threading
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from copy import deepcopy
-from datetime import UTC, datetime
-from email.message import Message
-from functools import partial, reduce
-from http.server import BaseHTTPRequestHandler
-from io import BytesIO
+from datetime import UTC, datetime, timedelta
+from functools import partial, partialmethod, reduce
+from operator import itemgetter
 from pathlib import Path
-from socketserver import ThreadingTCPServer
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import jwt
-from werkzeug.formparser import FormDataParser
-from werkzeug.http import parse_options_header
+import werkzeug
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 Doc = dict[str, Any]
-Handler = Callable[..., Doc]
-Answer = Callable[[str, str, Message, bytes], tuple[int, bytes]]  # method, path, headers, body: code, body
+Names = Collection[str]
 
 API_VERSION = "2.34"
 COMPANY = "d1bd92a3b039400cbafc60a7a5b1e52b"  # the company of every open-source server
 USER = "dba89b6cc7e18ad770f4e80dc22918df"
 SINGLE_VALUE = -(2**31)  # the "iteration" of Logger.report_single_value
-PAGE_SIZE = 500
+SERVICES = ("auth", "debug", "events", "models", "projects", "queues", "tasks", "workers")
 NOT_OPEN_SOURCE = "workers.get_runtime_properties"  # asked for by the agent, answered with 404
 NO_SUCH = {"task": 101, "model": 201, "project": 401, "queue": 701}  # the subcodes of these refusals
 
 DELETED = "__DELETED__"  # put before the id of a deleted task where something still refers to it
 OPEN = ("created", "queued", "in_progress")  # the states of a task that has not ended
+WORKER_TIMEOUT = timedelta(seconds=600)  # a task without a sign of life for so long has no worker
 
 # The states that each state may change into without `force`.
 TRANSITIONS = {
@@ -75,13 +73,11 @@ IGNORED = {
 # Parameters of which only this value is known.
 SETTLED = [
     *(("public", False), ("publish", False), ("shallow_search", False), ("verify_watched_queue", False)),
-    *(("navigate_earlier", True), ("replace_metadata", True), ("key", "iter")),
+    *(("navigate_earlier", True), ("replace_metadata", True), ("key", "iter"), ("order", "asc")),
 ]
 # The fields by which a *.get_all call can ask for some of several values.
 FILTERS = {"id", "system_tags", "status", "project", "parent", "models.input.model", "uri", "task"}
-HIDDEN = {"ui_cache", "path"}  # what a *.get_all leaves out of its answer
-
-HANDLERS: dict[str, tuple[Handler, str]] = {}
+HIDDEN = {"ui_cache", "path", "enqueue_status"}  # what is in no answer unless it was asked for
 
 
 class Request(NamedTuple):
@@ -100,48 +96,28 @@ class ApiError(Exception):
         self.subcode, self.code = subcode, code
 
 
-class _Server(ThreadingTCPServer):
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 128
-
-
-class _Connection(BaseHTTPRequestHandler):
+class _Connection(WSGIRequestHandler):
     """One request, quietly and by HTTP/1.0, because clearml shares its sockets with forked processes."""
 
-    def __init__(self, answer: Answer, *arguments: Any) -> None:
-        self.answer = answer
-        super().__init__(*arguments)
+    protocol_version = "HTTP/1.0"
 
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = unquote(urlsplit(self.path).path)  # a proxy is asked for the whole address
-        code, content = self.answer(self.command, path, self.headers, body)
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
-
-    def log_message(self, *_: Any) -> None:
+    def log(self, *_: Any) -> None:
         pass
-
-
-def endpoint(name: str, version: str = "1.0") -> Callable[[Handler], Handler]:
-    """Register a handler for calls of this API version; its signature is the list of parameters."""
-
-    def register(handler: Handler) -> Handler:
-        HANDLERS[name] = handler, version
-        return handler
-
-    return register
 
 
 def _now() -> str:
     """The time as the server writes it: milliseconds, six digits, UTC."""
     now = datetime.now(UTC)
     return now.replace(microsecond=now.microsecond // 1000 * 1000).isoformat(timespec="microseconds")
+
+
+def _since(moment: str) -> timedelta:
+    return datetime.now(UTC) - datetime.fromisoformat(moment)
+
+
+def _changed(*times: str) -> Doc:
+    """The fields that say who changed a document, and when."""
+    return {**dict.fromkeys(("last_change", *times), _now()), "last_changed_by": USER}
 
 
 def _new_id() -> str:
@@ -192,10 +168,22 @@ def _curves(events: Iterable[Doc]) -> dict[tuple[str, str], list[Doc]]:
     return dict(sorted(curves.items()))
 
 
+def _sum_up(summary: Doc, points: list[Doc]) -> None:
+    """Bring what a task says of a curve up to date with the points of a batch."""
+    for name, choose, key in (("min", min, "value"), ("max", max, "value"), ("first", min, "iter")):
+        point, known = choose(points, key=itemgetter(key)), summary.get(f"{name}_value")
+        if known is None or (name != "first" and known != choose(known, point["value"])):
+            summary |= {f"{name}_value": point["value"], f"{name}_value_iteration": point["iter"]}
+    count, total = summary.get("count", 0), sum(point["value"] for point in points)
+    mean = (summary.get("mean_value", 0) * count + total) / (count + len(points))
+    summary |= {"count": count + len(points), "mean_value": round(mean, 2)}
+    summary["value"] = max(points, key=itemgetter("iter", "timestamp"))["value"]
+
+
 def _artifacts(items: Iterable[Doc]) -> list[Doc]:
     """Artifacts with their defaults; one with the same key and mode replaces an earlier one."""
     complete = ({"mode": "output", "display_data": [], **item} for item in items)
-    return sorted({(item["key"], item["mode"]): item for item in complete}.values(), key=lambda item: item["key"])
+    return sorted({(item["key"], item["mode"]): item for item in complete}.values(), key=itemgetter("key"))
 
 
 def _check_fields(fields: Doc, known: set[str]) -> None:
@@ -206,7 +194,7 @@ def _check_fields(fields: Doc, known: set[str]) -> None:
 class ClearMLServer:
     """Stand-in for a ClearML server; its state may be read and changed by a test.
 
-    A test may also make a subclass whose `answer_api` answers otherwise.
+    The method `tasks_create` answers the call tasks.create, and has its parameters. A test may replace such a method.
     """
 
     access_key = "stand-in-access-key"
@@ -225,23 +213,18 @@ class ClearMLServer:
         self.events: defaultdict[str, dict[str, Doc]] = defaultdict(dict)  # by task, then by event id
         self._scrolls: dict[str, float] = {}  # how far the answers of each have come
         self._lock = threading.RLock()
-        in_a_month = int(time.time()) + 30 * 24 * 3600
-        claims = {"exp": in_a_month, "api_version": API_VERSION, "server_version": "2.3.0", "feature_set": "basic"}
-        self.token = jwt.encode({**claims, "identity": {"user_name": "tester"}}, _new_id())
         self._ports = [0, 0, 0]
-        self._running: list[tuple[_Server, threading.Thread]] = []
+        self._running: list[tuple[BaseWSGIServer, threading.Thread]] = []
+        self.renew_secret()
         self.queues_create("default")
-
-    # Starting and stopping
 
     def start(self, tls: ssl.SSLContext | None = None) -> None:
         """Serve; after `stop` on the same ports, with the same state."""
-        answers: list[Answer] = [self.answer_api, self.answer_file, self.answer_web]
-        for number, answer in enumerate(answers):
-            server = _Server(("127.0.0.1", self._ports[number]), partial(_Connection, answer))
-            if tls:
-                server.socket = tls.wrap_socket(server.socket, server_side=True)
-            self._ports[number] = server.server_address[1]
+        for number, answer in enumerate((self.answer_api, self.answer_file, self.answer_web)):
+            application = werkzeug.Request.application(answer)
+            options: Doc = {"threaded": True, "request_handler": _Connection, "ssl_context": tls}
+            server = make_server("127.0.0.1", self._ports[number], application, **options)
+            self._ports[number] = server.port
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
             thread.start()
             self._running.append((server, thread))
@@ -251,7 +234,6 @@ class ClearMLServer:
         """Close the ports, as when the server dies."""
         for server, thread in self._running:
             server.shutdown()
-            server.server_close()
             thread.join()
         self._running.clear()
         received = (self.requests, self.tasks, self.models, self.events)
@@ -267,98 +249,102 @@ class ClearMLServer:
 }}
 """
 
-    # What a user does elsewhere
+    def revoke_keys(self) -> None:
+        """Delete the keys: no login succeeds. A token is good until it expires, or the secret changes."""
+        self.access_key = _new_id()
 
-    def abort(self, task_id: str) -> None:
-        """Press "Abort" in the web page."""
-        with self._lock:
-            self._change_status(self.tasks[task_id], "stopped", status_message="Stopped by tester")
+    def renew_secret(self) -> None:
+        """Restart with another secret, which voids every token."""
+        self._secret = _new_id()
 
-    # HTTP
+    @property
+    def token(self) -> str:
+        """What a login gives."""
+        claims = {"api_version": API_VERSION, "server_version": "2.3.0", "feature_set": "basic"}
+        expires = int(time.time()) + 30 * 24 * 3600
+        return jwt.encode({**claims, "exp": expires, "identity": {"user_name": "tester"}}, self._secret)
 
-    def answer_api(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, bytes]:
-        match = re.fullmatch(r"/(?:v([\d.]+)/)?([\w.]+)", path)
-        version, name = match.groups() if match else (None, path)
-        version = version or API_VERSION
-        code, subcode, message = 200, 0, "OK"
+    def answer_api(self, request: werkzeug.Request) -> werkzeug.Response:
+        *_, version, name = f"/{request.path}".split("/")  # /v2.23/tasks.create, /tasks.create
+        version = version.removeprefix("v") or API_VERSION
+        outcome = ApiError("OK", code=200)
         data: Doc = {}
         with self._lock:  # until the answer is text: it holds parts of the state
             try:
-                if headers.get_content_type() == "application/json-lines":
-                    asked: Doc = {"events": [json.loads(line) for line in body.splitlines()]}
-                else:
-                    asked = json.loads(body or "null") or {}
-                self.requests.append(Request(method, name, asked))
-                if name == NOT_OPEN_SOURCE:
-                    raise ApiError(f"Unable to find endpoint for name {name} and version {version}", code=404)
-                if name not in HANDLERS:
-                    raise NotImplementedError("no such call")
-                if name != "debug.ping":
-                    self._authorize(headers)
-                given = {key: value for key, value in asked.items() if key not in IGNORED and value is not None}
-                handler, _ = HANDLERS[name]
-                data = handler(self, **{key: value for key, value in given.items() if (key, value) not in SETTLED})
+                data = self._answer(request, name, version)
             except ApiError as error:
-                code, subcode, message = error.code, error.subcode, str(error)
+                outcome = error
             except Exception as error:
-                code, message = 400, f"{name}: {error!r}"
-                self.unknown.append(message)
+                outcome = ApiError(f"{name}: {error!r}")
+                self.unknown.append(str(outcome))
             call_id = _new_id()
-            _, actual = HANDLERS.get(name, (None, None))
             meta = {
-                **{"id": call_id, "trx": call_id, "error_stack": None, "error_data": {}},
-                "endpoint": {"name": name, "requested_version": version, "actual_version": actual},
-                **{"result_code": code, "result_subcode": subcode, "result_msg": message},
+                "id": call_id,
+                "trx": call_id,
+                "endpoint": {"name": name, "requested_version": version},
+                "result_code": outcome.code,
+                "result_subcode": outcome.subcode,
+                "result_msg": str(outcome),
             }
-            return code, json.dumps({"meta": meta, "data": data}).encode()
+            return werkzeug.Response(json.dumps({"meta": meta, "data": data}), outcome.code)
 
-    def _authorize(self, headers: Message) -> None:
-        keys = base64.b64encode(f"{self.access_key}:{self.secret_key}".encode()).decode()
-        given = headers.get("Authorization", "")
+    def _answer(self, request: werkzeug.Request, name: str, version: str) -> Doc:
+        if request.mimetype == "application/json-lines":
+            asked: Doc = {"events": [json.loads(line) for line in request.data.splitlines()]}
+        else:
+            asked = json.loads(request.data or "null") or {}
+        self.requests.append(Request(request.method, name, asked))
+        if name == NOT_OPEN_SOURCE:
+            raise ApiError(f"Unable to find endpoint for name {name} and version {version}", code=404)
+        handler: Callable[..., Doc] | None = getattr(self, name.replace(".", "_"), None)
+        if not handler or name.partition(".")[0] not in SERVICES:
+            raise NotImplementedError("no such call")
+        if name != "debug.ping":
+            self._authorize(request)
+        given = {key: value for key, value in asked.items() if key not in IGNORED and value is not None}
+        return handler(**{key: value for key, value in given.items() if (key, value) not in SETTLED})
+
+    def _authorize(self, request: werkzeug.Request) -> None:
+        given = request.authorization
         if not given:
             raise ApiError("Unauthorized (missing credentials)", 20, 401)
-        if given.startswith("Basic ") and given != f"Basic {keys}":
-            raise ApiError("Unauthorized (invalid credentials) (failed to locate provided credentials)", 22, 401)
-        if given not in (f"Basic {keys}", f"Bearer {self.token}"):
-            raise ApiError("Invalid token", 30, 401)
+        if given.type == "basic":
+            if (given.username, given.password) != (self.access_key, self.secret_key):
+                raise ApiError("Unauthorized (invalid credentials) (failed to locate provided credentials)", 22, 401)
+            return
+        try:
+            jwt.decode(given.token or "", self._secret, ["HS256"])
+        except jwt.InvalidTokenError as error:
+            raise ApiError(f"Invalid token (invalid jwt token): reason={error}", 30, 401) from error
 
-    def answer_file(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, bytes]:
+    def answer_file(self, request: werkzeug.Request) -> werkzeug.Response:
+        method, path = request.method, request.path
         self.requests.append(Request(method, path, None))
         if (method, path) == ("GET", "/"):
-            return 200, b"OK"
+            return werkzeug.Response("OK")
         try:
-            self._authorize(headers)  # since June 2024 the real one asks for a token, too
+            self._authorize(request)  # since June 2024 the real one asks for a token, too
         except ApiError as error:
-            return error.code, str(error).encode()
+            return werkzeug.Response(str(error), error.code)
         if method == "POST":
-            return 200, json.dumps(self._upload(headers, body)).encode()
+            for name, file in request.files.items():
+                target = self.files_folder / name.lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.save(target)
+            return werkzeug.Response(json.dumps([name.lstrip("/") for name in request.files]))
         if method not in ("GET", "HEAD", "DELETE"):
             self.unknown.append(f"file server: {method} {path}")
-            return 501, b"The stand-in does not know this request"
+            return werkzeug.Response(status=405)
         target = self.files_folder / path.lstrip("/")
         if not target.is_file():
-            return 404, f"File {path} not found".encode()
+            return werkzeug.Response(f"File {path} not found", 404)
         if method == "DELETE":
             target.unlink()
-            return 200, json.dumps(path.lstrip("/")).encode()
-        return 200, target.read_bytes()
+            return werkzeug.Response(json.dumps(path.lstrip("/")))
+        return werkzeug.Response(target.read_bytes())
 
-    def _upload(self, headers: Message, body: bytes) -> list[str]:
-        """Store each part of the form under its name."""
-        mimetype, options = parse_options_header(headers["Content-Type"])
-        _, _, files = FormDataParser().parse(BytesIO(body), mimetype, len(body), options)
-        for name, file in files.items():
-            target = self.files_folder / name.lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.save(target)
-            file.close()
-        return [name.lstrip("/") for name in files]
-
-    @staticmethod
-    def answer_web(*_: object) -> tuple[int, bytes]:
-        return 200, b"<title>ClearML</title>"
-
-    # Finding
+    def answer_web(self, request: werkzeug.Request) -> werkzeug.Response:
+        return werkzeug.Response("<title>ClearML</title>", mimetype="text/html")
 
     def _find(self, kind: str, doc_id: str) -> Doc:
         """The document for a call that changes it."""
@@ -379,36 +365,33 @@ class ClearMLServer:
     def _get_all(
         self,
         kind: str,
-        *,
-        only_fields: Collection[str] = (),
-        order_by: Sequence[str] = (),
+        only_fields: Names = (),
+        order_by: Names = (),
         page: int = 0,
-        page_size: int = PAGE_SIZE,
-        **filters: Any,
+        page_size: int = 500,
+        **asked: Any,
     ) -> Doc:
         """Any *.get_all: filter, order, cut out a page of 500 at most, reduce to the requested fields."""
         docs = list(getattr(self, kind).values())
-        for field, wanted in filters.items():
+        for field, wanted in asked.items():
             docs = [doc for doc in docs if _matches(doc, field, wanted)]
-        for field in reversed(order_by):
+        for field in reversed([*order_by]):
             docs.sort(key=partial(_get, path=field.lstrip("-")), reverse=field.startswith("-"))
-        page_size = min(page_size, PAGE_SIZE)
-        docs = docs[page * page_size : (page + 1) * page_size]
+        size = min(page_size, 500)
+        docs = docs[page * size : (page + 1) * size]
         return {kind: [_pick(doc, only_fields or doc.keys() - HIDDEN) for doc in docs]}
 
-    # auth, debug
+    tasks_get_all = partialmethod(_get_all, "tasks")
+    models_get_all = partialmethod(_get_all, "models")
+    projects_get_all = partialmethod(_get_all, "projects")
+    queues_get_all = partialmethod(_get_all, "queues")
 
-    @endpoint("auth.login")
     def auth_login(self) -> Doc:
         return {"token": self.token}
 
-    @endpoint("debug.ping")
     def debug_ping(self) -> Doc:
         return {"msg": "ClearML server"}
 
-    # projects
-
-    @endpoint("projects.create")
     def projects_create(self, name: str, description: str = "") -> Doc:
         parts = [part.strip() for part in name.split("/") if part]
         name, parent = "/".join(parts), "/".join(parts[:-1])
@@ -419,46 +402,32 @@ class ClearMLServer:
         if parent:
             above = known.get(parent) or self.projects[self.projects_create(parent)["id"]]
             location = {"parent": above["id"], "path": [*above["path"], above["id"]]}
-        project = {
-            **self._owned("project", name),
-            **{"basename": parts[-1], "description": description, "featured": 9999, "tags": [], "system_tags": []},
-            **location,
-        }
-        self.projects[project["id"]] = project
-        return {"id": project["id"]}
+        more = {"basename": parts[-1], "description": description, "featured": 9999, **location}
+        return self._add("project", name, **more)
 
-    @endpoint("projects.get_by_id")
     def projects_get_by_id(self, project: str) -> Doc:
         return {"project": self._find("project", project)}
 
-    @staticmethod
-    def _owned(kind: str, name: str) -> Doc:
-        """What every kind of document has."""
+    def _add(self, kind: str, name: str, **fields: Any) -> Doc:
+        """Make a document, with what every kind of them has, and say its id."""
         if len(name.strip()) < 3:
             raise ApiError("Data validation error: name=String value is too short", 800)
-        now = _now()
-        doc: Doc = {"id": _new_id(), "company": COMPANY, "name": name.strip(), "created": now, "last_update": now}
+        doc: Doc = {"id": _new_id(), "company": COMPANY, "name": name.strip(), "tags": [], "system_tags": []}
+        doc |= {"created": _now(), "last_update": _now()}
         if kind != "queue":
             doc["user"] = USER
         if kind in ("task", "model"):
-            doc |= {"last_change": now, "last_changed_by": USER, "last_iteration": 0, "last_metrics": {}}
-        return doc
+            doc |= {**_changed(), "last_iteration": 0, "last_metrics": {}}
+        getattr(self, f"{kind}s")[doc["id"]] = doc | fields
+        return {"id": doc["id"]}
 
-    # tasks: making and changing
-
-    @endpoint("tasks.create")
     def tasks_create(self, name: str, type: str, **fields: Any) -> Doc:  # noqa: A002
-        task = {
-            **self._owned("task", name),
-            **{"type": type, "status": "created", "report_assets": [], "output": {}},
-            **{"tags": [], "system_tags": [], "unique_metrics": [], "metric_stats": {}, "hyperparams": {}},
-            **{"configuration": {}, "runtime": {}, "container": {}, "models": {"input": [], "output": []}},
-            "execution": {"test_split": 0, "parameters": {}, "model_desc": {}, "model_labels": {}, "artifacts": []},
-            "script": {"binary": "python", "repository": "", "entry_point": "", "requirements": {}},
-        }
-        task |= self._task_changes(task, {"type": type, **fields})
-        self.tasks[task["id"]] = task
-        return {"id": task["id"]}
+        task: Doc = {"status": "created", "type": type, "hyperparams": {}, "configuration": {}, "runtime": {}}
+        task |= {"container": {}, "output": {}, "report_assets": [], "unique_metrics": [], "metric_stats": {}}
+        task["execution"] = {"test_split": 0, "parameters": {}, "model_desc": {}, "model_labels": {}, "artifacts": []}
+        task["script"] = {"binary": "python", "repository": "", "entry_point": "", "requirements": {}}
+        task["models"] = {"input": [], "output": []}
+        return self._add("task", name, **task | self._task_changes(task, fields))
 
     def _task_changes(self, task: Doc, fields: Doc) -> Doc:
         """What a caller wants to set, in the form in which it is stored: parts are merged with what the task has."""
@@ -466,8 +435,6 @@ class ClearMLServer:
         changes = dict(fields)
         for key in {"tags", "system_tags"} & fields.keys():
             changes[key] = sorted(set(fields[key]))
-        if fields.get("execution", {}).get("parameters"):
-            raise NotImplementedError("execution.parameters, which older clients use")
         if "output_dest" in changes:
             changes["output"] = {"destination": changes.pop("output_dest")}
         for key in {"script", "execution", "models", "output"} & changes.keys():
@@ -478,21 +445,18 @@ class ClearMLServer:
             changes["script"][key] = value.strip() if isinstance(value, str) and key != "diff" else value
         return changes
 
-    @endpoint("tasks.edit")
     def tasks_edit(self, task: str, force: bool = False, **fields: Any) -> Doc:
         doc = self._find("task", task) if force else self._in_state(task, "created")
         changes = self._task_changes(doc, fields)
-        changes |= {"last_change": _now(), "last_changed_by": USER}
-        if not fields.keys() <= TASK_LABELS:
-            changes["last_update"] = changes["last_change"]
+        changes |= _changed(*() if fields.keys() <= TASK_LABELS else ("last_update",))
         doc |= changes
         return {"updated": 1, "fields": changes}
 
     @staticmethod
     def _note_activity(task: Doc) -> None:
+        task |= _changed("last_update")
         if task["status"] == "in_progress" and "started" in task:
-            running = datetime.now(UTC) - datetime.fromisoformat(task["started"])
-            task["active_duration"] = int(running.total_seconds())
+            task["active_duration"] = int(_since(task["started"]).total_seconds())
 
     def _in_state(self, task_id: str, *states: str) -> Doc:
         """The task, for a call that is refused in other states."""
@@ -501,19 +465,16 @@ class ClearMLServer:
             raise ApiError(f"Invalid task status: expected=created, status={task['status']}", 110)
         return task
 
-    @endpoint("tasks.set_requirements")
     def tasks_set_requirements(self, task: str, requirements: Doc) -> Doc:
         self._find("task", task)["script"]["requirements"] = requirements
         return {"updated": 1, "fields": {}}
 
-    @endpoint("tasks.add_or_update_artifacts", "2.10")
     def tasks_add_or_update_artifacts(self, task: str, artifacts: list[Doc], force: bool = False) -> Doc:
         """Even `force` changes no task that has ended."""
         execution = self._in_state(task, *OPEN)["execution"]
         execution["artifacts"] = _artifacts([*execution["artifacts"], *artifacts])
         return {"updated": 1}
 
-    @endpoint("tasks.add_or_update_model", "2.13")
     def tasks_add_or_update_model(self, task: str, name: str, model: str, type: str) -> Doc:  # noqa: A002
         doc = self._in_state(task, *OPEN)
         by_name = {item["name"]: item for item in doc["models"][type]}
@@ -522,13 +483,11 @@ class ClearMLServer:
         self._note_activity(doc)
         return {"updated": 1}
 
-    @endpoint("tasks.ping")
     def tasks_ping(self, task: str) -> Doc:
         if task in self.tasks:
             self._note_activity(self.tasks[task])
         return {}
 
-    @endpoint("tasks.clone")
     def tasks_clone(self, task: str, new_task_name: str = "", new_task_parent: str = "") -> Doc:
         source = deepcopy(self._find("task", task))
         keep = ("tags", "script", "configuration", "hyperparams", "container", "project", "comment")
@@ -543,52 +502,52 @@ class ClearMLServer:
             fields["output_dest"] = source["output"]["destination"]
         return self.tasks_create(new_task_name or source["name"], source["type"], **fields)
 
-    @endpoint("tasks.get_by_id")
     def tasks_get_by_id(self, task: str) -> Doc:
         doc = self._known_task(task)
-        return {"task": {key: value for key, value in doc.items() if key != "enqueue_status"}}
-
-    # tasks: changing state
+        return {"task": _pick(doc, doc.keys() - HIDDEN)}
 
     def _change_status(
-        self,
-        task: Doc,
-        status: str,
-        force: bool = False,
-        status_reason: str = "",
-        status_message: str = "",
-        **changes: Any,
+        self, task: Doc, new: str, force: bool = False, status_reason: str = "", status_message: str = "", **more: Any
     ) -> Doc:
-        current, now = task["status"], _now()
-        if not force and status != current and status not in TRANSITIONS[current]:
-            text = f"Invalid task status (Invalid status change): current_status={current}, new_status={status}"
+        current = task["status"]
+        if not force and new != current and new not in TRANSITIONS[current]:
+            text = f"Invalid task status (Invalid status change): current_status={current}, new_status={new}"
             raise ApiError(text, 110)
-        fields = {
-            **{"status": status, "status_reason": status_reason, "status_message": status_message},
-            **{"status_changed": now, "last_update": now, "last_change": now, "last_changed_by": USER},
-            **changes,
-        }
+        fields = {"status": new, "status_reason": status_reason, "status_message": status_message}
+        fields |= _changed("status_changed", "last_update") | more
         task |= fields
-        if status == "queued":  # from here on it is no longer a run of a developer's machine
+        if new == "queued":  # from here on it is no longer a run of a developer's machine
             task["system_tags"] = [tag for tag in task["system_tags"] if tag != "development"]
         return {"updated": 1, "fields": fields}
 
-    @endpoint("tasks.started")
     def tasks_started(self, task: str, force: bool = False, **why: str) -> Doc:
-        doc = self._find("task", task)
-        if doc["status"] == "in_progress" and "started" in doc:
-            return {**self._change_status(doc, "in_progress", force, **why), "started": 1}
-        result = self._change_status(doc, "in_progress", force, **why, started=_now())
-        for key in {"completed", "active_duration"} & doc.keys():
+        if task not in self.tasks:
+            raise ApiError("Invalid object id: task=None", 10)
+        doc = self.tasks[task]
+        is_new = doc["status"] != "in_progress" or "started" not in doc
+        result = self._change_status(doc, "in_progress", force, **why, **({"started": _now()} if is_new else {}))
+        for key in {"completed", "active_duration"} & doc.keys() if is_new else ():
             del doc[key]
         return {**result, "started": 1}
 
-    def _end(self, task: str, status: str, force: bool = False, **why: str) -> Doc:
-        """Any of tasks.stopped, tasks.failed and tasks.completed."""
-        changed = self._change_status(self._find("task", task), status, force, **why, completed=_now())
-        return {**changed, "published": 0} if status == "completed" else changed
+    def tasks_stop(self, task: str, force: bool = False, status_reason: str = "") -> Doc:
+        """What "Abort" in the web page asks for. An agent sees the message "stopping", and ends its task itself."""
+        doc = self._find("task", task)
+        is_alive = "last_worker" in doc and _since(doc["last_update"]) < WORKER_TIMEOUT
+        if is_alive and doc["status"] != "queued" and "development" not in doc["system_tags"]:
+            return self._change_status(doc, doc["status"], force, status_reason, "stopping")
+        self._dequeue(doc)
+        return self._change_status(doc, "stopped", force, status_reason, "Stopped by tester")
 
-    @endpoint("tasks.delete")
+    def _end(self, status: str, task: str, force: bool = False, **why: str) -> Doc:
+        return self._change_status(self._find("task", task), status, force, **why, completed=_now())
+
+    tasks_stopped = partialmethod(_end, "stopped")
+    tasks_failed = partialmethod(_end, "failed")
+
+    def tasks_completed(self, task: str, force: bool = False, **why: str) -> Doc:
+        return {**self._end("completed", task, force, **why), "published": 0}
+
     def tasks_delete(self, task: str, force: bool = False) -> Doc:
         """Remove the record; the files stay for the caller to remove (the stand-in has no deleting service)."""
         doc = self._find("task", task)
@@ -613,19 +572,12 @@ class ClearMLServer:
         counts = {"updated_children": len(children), "updated_models": 0, "deleted_models": len(models)}
         return {"deleted": True, **counts, "urls": None}
 
-    # queues and workers
-
-    @endpoint("queues.create", "2.4")
     def queues_create(self, name: str) -> Doc:
-        queue = {**self._owned("queue", name), "tags": [], "system_tags": [], "entries": [], "metadata": []}
-        self.queues[queue["id"]] = queue
-        return {"id": queue["id"]}
+        return self._add("queue", name, entries=[], metadata=[])
 
-    @endpoint("queues.get_by_id", "2.4")
     def queues_get_by_id(self, queue: str) -> Doc:
         return {"queue": self._find("queue", queue)}
 
-    @endpoint("queues.get_next_task")
     def queues_get_next_task(self, queue: str) -> Doc:
         entries = self._find("queue", queue)["entries"]
         return {"entry": entries.pop(0)} if entries else {}
@@ -634,7 +586,6 @@ class ClearMLServer:
         for queue in self.queues.values():
             queue["entries"] = [entry for entry in queue["entries"] if entry["task"] != task["id"]]
 
-    @endpoint("tasks.enqueue")
     def tasks_enqueue(self, task: str, queue: str = "", queue_name: str = "", force: bool = False, **why: str) -> Doc:
         doc = self._find("task", task)
         by_name = {known["name"]: known["id"] for known in self.queues.values()}
@@ -648,7 +599,6 @@ class ClearMLServer:
         doc["execution"]["queue"] = result["fields"]["execution.queue"] = queue
         return {**result, "queued": 1}
 
-    @endpoint("tasks.dequeue")
     def tasks_dequeue(self, task: str, new_status: str = "", **why: str) -> Doc:
         doc = self._find("task", task)
         self._dequeue(doc)
@@ -657,53 +607,41 @@ class ClearMLServer:
         del doc["enqueue_status"]
         return {"dequeued": 1, **result}
 
-    @endpoint("workers.register", "2.4")
-    @endpoint("workers.unregister", "2.4")
-    def workers_register(self, worker: str, queues: Sequence[str] = ()) -> Doc:
+    def workers_register(self, worker: str, queues: Names = ()) -> Doc:
         return {}
 
-    @endpoint("workers.status_report", "2.4")
-    def workers_status_report(self, worker: str, task: str = "", queue: str = "", queues: Sequence[str] = ()) -> Doc:
+    workers_unregister = workers_register
+
+    def workers_status_report(self, worker: str, task: str = "", queue: str = "", queues: Names = ()) -> Doc:
         if task:
-            self._find("task", task).update(last_worker=worker, last_worker_report=_now())
+            self._find("task", task).update(_changed("last_update", "last_worker_report"), last_worker=worker)
         return {}
 
-    # models
-
-    @endpoint("models.create")
     def models_create(self, uri: str, name: str, ready: bool = True, **fields: Any) -> Doc:
         _check_fields(fields, MODEL_FIELDS)
-        model = {**self._owned("model", name), "uri": uri, "ready": ready, "metadata": {}}
-        model |= {"tags": [], "system_tags": [], "design": {}, "labels": {}, **fields}
-        self.models[model["id"]] = model
-        return {"created": True, "id": model["id"]}
+        model = {"uri": uri, "ready": ready, "metadata": {}, "design": {}, "labels": {}, **fields}
+        return {"created": True, **self._add("model", name, **model)}
 
-    @endpoint("models.edit")
     def models_edit(self, model: str, iteration: int = 0, **fields: Any) -> Doc:
         """`iteration` is sent where the SDK finds a torch.save by itself, as in ClearML's example."""
         _check_fields(fields, MODEL_FIELDS)
-        changes = {**fields, "last_change": _now(), "last_changed_by": USER}
+        changes = fields | _changed(*("last_update",) if MODEL_CONTENT & fields.keys() else ())
         if "uri" in changes:
             changes["ui_cache"] = {}
-        if MODEL_CONTENT & changes.keys():
-            changes["last_update"] = changes["last_change"]
         doc = self._find("model", model)
         doc |= changes
         if task := self.tasks.get(doc.get("task", "")):
             task["last_iteration"] = max(task["last_iteration"], iteration)
         return {"updated": 1, "fields": changes}
 
-    @endpoint("models.add_or_update_metadata", "2.13")
     def models_add_or_update_metadata(self, model: str, metadata: list[Doc]) -> Doc:
         self._find("model", model)["metadata"] = {item["key"]: item for item in metadata}
         return {"updated": 1}
 
-    @endpoint("models.get_by_id")
     def models_get_by_id(self, model: str) -> Doc:
         (found,) = self._get_all("models", id=[model])["models"]
         return {"model": found}
 
-    @endpoint("models.delete")
     def models_delete(self, model: str, force: bool = False) -> Doc:
         doc = self._find("model", model)
         if not force:
@@ -716,10 +654,11 @@ class ClearMLServer:
         del self.models[model]
         return {"deleted": True, "url": doc["uri"]}
 
-    # events: writing
-
-    @endpoint("events.add_batch")
     def events_add_batch(self, events: list[Doc]) -> Doc:
+        errors = Counter(f"Invalid task id {event['task']}" for event in events if event["task"] not in self.tasks)
+        events = [event for event in events if event["task"] in self.tasks]
+        if not events:
+            raise ApiError("Events not added: " + ", ".join(f"{text}={errors[text]}" for text in errors), 131)
         for event in events:
             task = self.tasks[event["task"]]
             event.pop("allow_locked", None)
@@ -730,8 +669,8 @@ class ClearMLServer:
                 task["last_iteration"] = max(task["last_iteration"], event.get("iter", 0))
             self._note_activity(task)
         for task_id in {event["task"] for event in events}:
-            self._sum_up(self.tasks[task_id], [event for event in events if event["task"] == task_id])
-        return {"added": len(events), "errors": 0, "errors_info": {}}
+            self._note_events(self.tasks[task_id], [event for event in events if event["task"] == task_id])
+        return {"added": len(events), "errors": errors.total(), "errors_info": errors}
 
     def _add_event(self, event: Doc) -> None:
         """Store an event; one for the same iteration of the same curve replaces an earlier one."""
@@ -745,12 +684,12 @@ class ClearMLServer:
         event_id = _new_id() if event["type"] == "log" else json.dumps([event.get(name) for name in names])
         self.events[event["task"]][event_id] = event
 
-    def _sum_up(self, task: Doc, batch: list[Doc]) -> None:
+    def _note_events(self, task: Doc, batch: list[Doc]) -> None:
         """Bring what a task says about its events up to date."""
         scalars = [event for event in batch if event["type"] == "training_stats_scalar"]
         for (metric, variant), points in _curves(scalars).items():
             variants = task["last_metrics"].setdefault(_md5(metric), {})
-            self._sum_up_curve(variants.setdefault(_md5(variant), {"metric": metric, "variant": variant}), points)
+            _sum_up(variants.setdefault(_md5(variant), {"metric": metric, "variant": variant}), points)
         latest: Doc = {}  # of this batch only: the real server forgets the earlier ones, too
         for event in batch:
             stats = latest.setdefault(_md5(event["metric"]), {"metric": event["metric"], "event_stats_by_type": {}})
@@ -758,37 +697,15 @@ class ClearMLServer:
             by_type["last_update"] = max(by_type["last_update"], event["timestamp"])
         task["metric_stats"] = latest
 
-    @staticmethod
-    def _sum_up_curve(summary: Doc, points: list[Doc]) -> None:
-        candidates = {
-            "min": (min(points, key=lambda point: point["value"]), operator.lt),
-            "max": (max(points, key=lambda point: point["value"]), operator.gt),
-            "first": (min(points, key=lambda point: point.get("iter", 0)), lambda new, old: False),
-        }
-        for name, (point, better) in candidates.items():
-            if f"{name}_value" not in summary or better(point["value"], summary[f"{name}_value"]):
-                summary[f"{name}_value"] = point["value"]
-                summary[f"{name}_value_iteration"] = point.get("iter", 0)
-        last = max(points, key=lambda point: (point.get("iter", 0), point["timestamp"]))
-        count, total = summary.get("count", 0), sum(point["value"] for point in points)
-        mean = (summary.get("mean_value", 0) * count + total) / (count + len(points))
-        summary |= {"value": last["value"], "count": count + len(points), "mean_value": round(mean, 2)}
-
-    # events: reading
-
     def _events(self, task: str, event_type: str) -> list[Doc]:
         self._known_task(task)
         return [event for event in self.events[task].values() if event["type"] == event_type]
 
-    @endpoint("events.get_task_log", "2.9")
-    def events_get_task_log(self, task: str, order: str, batch_size: int = 500) -> Doc:
-        if order != "asc":
-            raise NotImplementedError(f"order={order}")
-        log = sorted(self._events(task, "log"), key=operator.itemgetter("timestamp"))
+    def events_get_task_log(self, task: str, batch_size: int = 500) -> Doc:
+        log = sorted(self._events(task, "log"), key=itemgetter("timestamp"))
         events = log[-batch_size:]
         return {"events": events, "returned": len(events), "total": len(log)}
 
-    @endpoint("events.get_task_events")
     def events_get_task_events(
         self, task: str, event_type: str, order: str = "asc", batch_size: int = 500, scroll_id: str = ""
     ) -> Doc:
@@ -800,7 +717,6 @@ class ClearMLServer:
         self._scrolls[next_id] = done + len(batch)
         return {"returned": len(batch), "total": len(events), "scroll_id": next_id, "events": batch}
 
-    @endpoint("events.get_task_plots", "1.8")
     def events_get_task_plots(self, task: str, iters: int = 1) -> Doc:
         plots = [
             plot
@@ -809,7 +725,6 @@ class ClearMLServer:
         ]
         return {"plots": plots, "returned": len(plots), "total": len(plots), "scroll_id": None}
 
-    @endpoint("events.get_task_single_value_metrics")
     def events_get_task_single_value_metrics(self, tasks: list[str]) -> Doc:
         (task,) = tasks
         keys = ("metric", "variant", "value", "timestamp")
@@ -817,7 +732,6 @@ class ClearMLServer:
         values = [_pick(event, keys) for event in scalars if event.get("iter") == SINGLE_VALUE]
         return {"tasks": [{"task": task, "task_name": self.tasks[task]["name"], "values": values}] if values else []}
 
-    @endpoint("events.scalar_metrics_iter_histogram")
     def events_scalar_metrics_iter_histogram(self, task: str) -> Doc:
         """Curves in the index's 32-bit floats."""
         answer: defaultdict[str, Doc] = defaultdict(dict)
@@ -825,12 +739,11 @@ class ClearMLServer:
         for (metric, variant), events in _curves(event for event in scalars if event["iter"] > SINGLE_VALUE).items():
             if len(events) >= 2000:
                 raise NotImplementedError("a curve of so many points that the real server averages them")
-            events.sort(key=operator.itemgetter("iter"))
+            events.sort(key=itemgetter("iter"))
             y = [struct.unpack("f", struct.pack("f", event["value"]))[0] for event in events]
             answer[metric][variant] = {"name": variant, "x": [event["iter"] for event in events], "y": y}
         return answer
 
-    @endpoint("events.debug_images", "2.7")
     def events_debug_images(self, metrics: list[Doc], iters: int = 1, scroll_id: str = "") -> Doc:
         """The images of the newest iterations, then with the scroll id those of earlier ones."""
         (asked,) = metrics
@@ -847,7 +760,10 @@ class ClearMLServer:
         return {"metrics": [found], "scroll_id": scroll_id}
 
 
-for _kind, _version in {"tasks": "1.0", "models": "1.0", "projects": "1.0", "queues": "2.4"}.items():
-    HANDLERS[f"{_kind}.get_all"] = partial(ClearMLServer._get_all, kind=_kind), _version
-for _status, _version in {"stopped": "1.0", "failed": "1.0", "completed": "2.2"}.items():
-    HANDLERS[f"tasks.{_status}"] = partial(ClearMLServer._end, status=_status), _version
+if __name__ == "__main__":
+    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")))
+    server.start()
+    print("# For ~/clearml.conf:", server.configuration(), f"# Uploaded files: {server.files_folder}", sep="\n")
+    print("# Ctrl-C ends the server.", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -25,8 +25,9 @@ from uuid import uuid4
 
 import pytest
 from clearml_server import ClearMLServer
+from keeper import keep
 from stores import FakeGCS, Rclone, SeaweedFS, Store, free_port
-from zygote import EARLY, Forked, Server
+from zygote import EARLY, Forked, start_zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
@@ -91,6 +92,7 @@ class Machine:
             command += ["--data-dir", str(mnist(600, 200))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
         options = {**pipes, "cwd": self.home, "env": self.environment, "encoding": "utf-8", **options}
+        options["start_new_session"] = True
         if not self.fresh and early(self.environment) == early(Machine(ROOT).environment):
             return Forked([sys.executable, *command], **options)
         if script == "-m":
@@ -278,7 +280,7 @@ def begin(machine: Machine) -> Iterator[Begin]:
 
     def start(*arguments: object, script: str | Path = "pytorch_mnist.py", **more: str) -> Run:
         other = replace(machine, variables={**machine.variables, **more})
-        runs.append(Run(other.start(script, *arguments, start_new_session=True)))
+        runs.append(Run(other.start(script, *arguments)))
         return runs[-1]
 
     yield start
@@ -352,7 +354,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if not (hasattr(session.config, "workerinput") or Machine.fresh or session.config.option.collectonly):
-        session.config.add_cleanup(Server(Machine(ROOT).environment).stop)
+        session.config.add_cleanup(start_zygote(Machine(ROOT).environment))
 
 
 @pytest.hookimpl(trylast=True)
@@ -362,6 +364,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(keep())
     Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
 
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 BIN = Path(sys.executable).parent
-KEEPER = Path(__file__).with_name("programs") / "keeper.py"  # a store of a killed pytest goes, too
 
 # Over https boto3 sends a checksum behind the body, which rclone does not know (411, MissingContentLength).
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
@@ -59,7 +58,7 @@ class Store:
         self.port = free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.endpoint = f"{'https' if self.tls else 'http'}://{self.host}"
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def uri(self, path: str = "") -> str:
         """The target as the user writes it."""
@@ -83,17 +82,16 @@ class Store:
         raise NotImplementedError
 
     def start(self) -> Self:
-        keeper = [sys.executable, "-I", "-S", str(KEEPER), *self.command()]
-        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
         with (self.folder / "log.txt").open("ab") as log:
-            self._keeper = subprocess.Popen(keeper, stdout=log, **options)
+            self._process = subprocess.Popen(self.command(), stdout=log, **options)
         deadline = time.monotonic() + 300
         while True:
             try:
                 self.prepare()
                 return self
             except Exception as error:
-                if self._keeper.poll() is not None or time.monotonic() > deadline:
+                if self._process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
                     tail = (self.folder / "log.txt").read_text(errors="replace")[-2000:]
                     raise RuntimeError(f"{type(self).__name__} did not start: {error}\n{tail}") from error
@@ -101,9 +99,10 @@ class Store:
 
     def stop(self) -> None:
         """Ends the store at once, as a power cut would. Its data stay."""
-        if self._keeper:
-            self._keeper.communicate(timeout=20)  # its standard input closes
-        self._keeper = None
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
 
     def __enter__(self) -> Self:
         return self.start()

@@ -26,7 +26,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import clearml_server
 import pytest
 import torch
 from clearml_server import ApiError, ClearMLServer
@@ -371,7 +370,7 @@ def test_sigterm_during_the_upload(bench: Bench, machine: Machine, tmp_path: Pat
 def test_abort_in_the_web_ui_ends_the_training(bench: Bench, machine: Machine) -> None:
     run = bench.train("--epochs", LONG)
     run.wait_for("epoch 1/")
-    bench.server.abort(run.task)
+    bench.server.tasks_stop(run.task)
     run.since = time.monotonic()
     run.end(within=2 + 10)  # the SDK asks every 2 s; from then on it is SIGTERM
     bench.ends(run)
@@ -478,7 +477,7 @@ def test_a_record_that_the_server_refuses_leaves_no_object(
 
     store = machine.home / "store"
     with monkeypatch.context() as patch:
-        patch.setitem(clearml_server.HANDLERS, "models.create", (refuse, "1.0"))
+        patch.setattr(ClearMLServer, "models_create", refuse)
         run = bench.train("--epochs", 1, "--output-uri", store)
         assert run.end() == 1, run.everything
     model = machine.outputs("model.pt")

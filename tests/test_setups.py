@@ -14,7 +14,6 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from email.message import Message
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,6 +22,7 @@ import botocore.exceptions
 import certifi
 import pytest
 import trustme
+import werkzeug
 from clearml_server import ClearMLServer
 from conftest import FEW, ROOT, Begin, Machine, Run, mnist
 from stores import Plug, Rclone, free_port
@@ -41,8 +41,9 @@ Case = tuple[tuple[str, ...], str, dict[str, str], str]  # what is run, clearml.
 class BehindProxy(ClearMLServer):
     """The proxy refuses a GET with a body."""
 
-    def answer_api(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, bytes]:
-        return (411, b"") if method == "GET" and body else super().answer_api(method, path, headers, body)
+    def answer_api(self, request: werkzeug.Request) -> werkzeug.Response:
+        is_refused = request.method == "GET" and request.data
+        return werkzeug.Response(status=411) if is_refused else super().answer_api(request)
 
 
 @pytest.fixture(scope="module")

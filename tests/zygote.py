@@ -1,7 +1,8 @@
 """A process that has imported torch, and forks for each run of a script: that saves the run three seconds of CPU.
 
-It has not imported clearml, which reads variables while it is imported. A fork gets its environment, folder, streams
-and session as a new process would, runs the script as `__main__`, and ends as an interpreter does.
+It has not imported clearml, which reads variables while it is imported. A fork gets its environment, folder and
+streams as a new process would, and a session of its own; it runs the script as `__main__`, and ends as an interpreter
+does.
 """
 
 import atexit
@@ -12,13 +13,14 @@ import inspect
 import json
 import os
 import runpy
-import selectors
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,22 +33,23 @@ HEAVY = (
 )
 # Read when torch is imported: a run with other values of these cannot be forked.
 EARLY = ("OMP_", "GOMP_", "MKL_", "KMP_", "PYTHONPATH", "PYTHONHASHSEED", "CUDA_", "LD_", "TORCH_")
+PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # as Popen names their ends
 
 
-class Server:
-    """The process, which all of pytest's workers share. It ends when this one does."""
+def start_zygote(environment: dict[str, str]) -> Callable[[], None]:
+    """Start the process, which all of pytest's workers share. Returns what stops it."""
+    os.environ["ZYGOTE"] = f"zygote-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind("\0" + os.environ["ZYGOTE"])  # in no file system
+        listener.listen()
+        fd = listener.fileno()
+        process = subprocess.Popen([sys.executable, __file__, str(fd)], pass_fds=[fd], env=environment)
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        os.environ["ZYGOTE"] = f"zygote-{os.getpid()}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind("\0" + os.environ["ZYGOTE"])  # in no file system
-            listener.listen()
-            command = [sys.executable, __file__, str(listener.fileno())]
-            fds = [listener.fileno()]
-            self.process = subprocess.Popen(command, pass_fds=fds, env=environment, stdin=subprocess.PIPE)
+    def stop() -> None:
+        process.kill()
+        process.wait()
 
-    def stop(self) -> None:
-        self.process.communicate()
+    return stop
 
 
 class Forked(subprocess.Popen[str]):
@@ -56,29 +59,25 @@ class Forked(subprocess.Popen[str]):
         asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *given).arguments  # type: ignore[attr-defined]
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection.connect("\0" + os.environ["ZYGOTE"])
-        order = {"arguments": asked["args"][1:], "env": asked["env"], "cwd": str(asked["cwd"])}
-        order["session"] = asked["start_new_session"]
-        pipes = {name: asked[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")}
-        streams = [pipes[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        inherited = [number if stream == -1 else stream for number, stream in enumerate(streams)]
-        socket.send_fds(self.connection, [json.dumps(order).encode()], inherited)
-        self._close_pipe_fds(**pipes)  # type: ignore[attr-defined]
+        order = {"arguments": asked["args"][1:], "environment": asked["env"], "folder": str(asked["cwd"])}
+        ends = (asked["p2cread"], asked["c2pwrite"], asked["errwrite"])
+        streams = [number if end == -1 else end for number, end in enumerate(ends)]
+        socket.send_fds(self.connection, [json.dumps(order).encode()], streams)
+        self._close_pipe_fds(*(asked[name] for name in PIPES))  # type: ignore[attr-defined]
         self.pid = int(self.connection.recv(100))
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
-        return self._await(0)
-
-    def _wait(self, timeout: float | None) -> int:
-        if self._await(timeout) is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        with suppress(subprocess.TimeoutExpired):
+            self._wait(0)
         return self.returncode
 
-    def _await(self, timeout: float | None) -> int | None:
+    def _wait(self, timeout: float | None) -> int:
         if self.returncode is None:
-            self.connection.settimeout(timeout if timeout is None or timeout > 0 else 0)
-            with suppress(TimeoutError, BlockingIOError):
-                self.returncode = int(self.connection.recv(100) or b"-9")
-                self.connection.close()
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = int(self.connection.recv(100) or -signal.SIGKILL)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
         return self.returncode
 
     def __del__(self, *_: Any) -> None:
@@ -86,85 +85,53 @@ class Forked(subprocess.Popen[str]):
 
 
 # --- the other end ----------------------------------------------------------------------------------------------------
-def serve(listener: socket.socket) -> None:
-    """Fork a run for each connection, tell it the exit code, and end the run where the test has gone.
-
-    Without a thread, of which a fork would have no copy; each run is waited for, so that `time pytest` counts it.
-    """
-    waiting = selectors.DefaultSelector()
-    waiting.register(0, selectors.EVENT_READ)  # closed when the tests are over
-    waiting.register(listener, selectors.EVENT_READ)
-    runs: dict[int, socket.socket] = {}
+def serve(listener: socket.socket) -> NoReturn:
+    """Fork for each connection. There is no thread, of which a fork would have no copy."""
     while True:
-        (key, _), *_ = waiting.select()  # one at a time: what it changes may concern the next
-        if key.fileobj == 0:
-            for pid in runs:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            return
-        if key.fileobj is listener:
-            connection, _ = listener.accept()
-            order, streams, _, _ = socket.recv_fds(connection, 1_000_000, 3)
-            if not order:  # the test has gone already
-                connection.close()
-                continue
-            if not (pid := os.fork()):
-                run(json.loads(order), streams)
-            for stream in streams:
-                os.close(stream)
-            with suppress(OSError):
-                connection.send(str(pid).encode())
-            runs[pid] = connection
-            waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-            waiting.register(connection, selectors.EVENT_READ, pid)  # the test says no more: it was closed
-        elif key.fileobj in runs.values():
-            waiting.unregister(key.fileobj)
-            os.kill(key.data, signal.SIGKILL)
-        else:
-            waiting.unregister(key.fileobj)
-            os.close(key.fd)
-            _, status = os.waitpid(key.data, 0)
-            with runs.pop(key.data) as connection, suppress(KeyError, OSError):
-                waiting.unregister(connection)
-                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+        connection, _ = listener.accept()
+        if not os.fork():
+            watch(connection)
+        connection.close()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # what has ended counts in `time pytest`
+                pass
 
 
-def run(order: dict[str, Any], streams: list[int]) -> NoReturn:
-    if order["session"]:
-        os.setsid()
+def watch(connection: socket.socket) -> NoReturn:
+    """Fork for the run, tell its exit code, and end it where the test has gone."""
+    order, streams, _, _ = socket.recv_fds(connection, 1_000_000, 3)
+    if order:
+        if not (pid := os.fork()):
+            run(connection, streams, **json.loads(order))
+        for stream in streams:
+            os.close(stream)
+        ready, _, _ = select.select([connection.fileno(), os.pidfd_open(pid)], [], [])
+        if connection.fileno() in ready:  # it was closed: the test says no more
+            os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        with suppress(OSError):
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def run(
+    connection: socket.socket, streams: list[int], arguments: list[str], environment: dict[str, str], folder: str
+) -> NoReturn:
+    os.setsid()
+    connection.send(str(os.getpid()).encode())
     for number, end in enumerate(streams):
         os.dup2(end, number)
     os.closerange(3, 200)
-    os.chdir(order["cwd"])
+    os.chdir(folder)
     os.environ.clear()
-    os.environ.update(order["env"])
+    os.environ.update(environment)
     tempfile.tempdir = None
     encoding, _, errors = os.getenv("PYTHONIOENCODING", "utf-8").partition(":")
     sys.stdin = os.fdopen(0, closefd=False, encoding=encoding)
     sys.stdout = os.fdopen(1, "w", closefd=False, encoding=encoding, errors=errors or "strict")
     sys.stderr = os.fdopen(2, "w", 1, closefd=False, encoding=encoding, errors="backslashreplace")
-    faulthandler.register(signal.SIGUSR2)  # what a test asks for when it gives a run up
     sys.__dict__.update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
-    code = 1
-    try:
-        arguments = order["arguments"]
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            sys.path[0] = str(Path(__file__).parents[1])
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            sys.path[0] = str(Path(arguments[0]).resolve().parent)
-            runpy.run_path(arguments[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            code = -signal.SIGINT
+    code = execute(arguments)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -176,14 +143,34 @@ def run(order: dict[str, Any], streams: list[int]) -> NoReturn:
     os._exit(code & 0xFF)
 
 
+def execute(arguments: list[str]) -> int:
+    """The exit code of a script, or of "-m" and a module."""
+    is_module = arguments[0] == "-m"
+    sys.argv = arguments[is_module:]
+    sys.path[0] = str(Path(__file__).parents[1] if is_module else Path(sys.argv[0]).resolve().parent)
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
 if __name__ == "__main__":
     for module in HEAVY:
         importlib.import_module(module)
     import torch
 
     torch.optim.SGD([torch.zeros(1)], 0.1)  # it imports torch._dynamo
+    faulthandler.register(signal.SIGUSR2)  # what a test asks for when it gives a run up
     gc.collect()
     gc.freeze()  # the collections of a fork leave alone what was made here: a fifth of the CPU time of a run
     assert threading.active_count() == 1
     serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)
