@@ -32,10 +32,10 @@ clearml_client.prepare_environment()  # reads .env: before `import clearml`, whi
 import numpy as np
 import torch
 from clearml import Logger, OutputModel, StorageManager, Task
-from PIL import Image
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.datasets import MNIST
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from clearml_client import agent, checkpoint, run
@@ -117,7 +117,8 @@ def train(
     # The images are on the device as a whole: to index them is faster than a DataLoader.
     batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
     total = torch.zeros((), device=images.device)
-    bar = tqdm(batches, leave=False, disable=None, file=sys.__stderr__)  # not in ClearML's console
+    terminal = os.fdopen(2, "w", closefd=False)  # ClearML records what goes to sys.stderr
+    bar = tqdm(batches, leave=False, disable=None, file=terminal)
     for step, batch in enumerate(bar, (epoch - 1) * len(batches) + 1):
         pixels = augment(normalise(images[batch]), shift)
         loss = nn.functional.cross_entropy(net(pixels), labels[batch])
@@ -151,11 +152,11 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
     device = torch.device(best if args.device == "auto" else args.device)
     images, labels = load_mnist(args.data_dir, "train")
     test_images, test_labels = load_mnist(args.data_dir, "t10k")
-    if not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        sys.exit(f"labels {labels.min()} to {labels.max()}, but there are {len(CLASSES)} CLASSES")
+    low, high = torch.cat([labels, test_labels]).aminmax()
+    if not 0 <= low <= high < len(CLASSES):
+        sys.exit(f"labels {low} to {high}, but there are {len(CLASSES)} CLASSES")
     count, epochs = (args.batch_size, 1) if args.dry_run else (len(images), args.epochs)
     images, labels = images[:count].to(device), labels[:count].to(device)
-
     steps = math.ceil(len(images) / args.batch_size)  # of an epoch
     parts = build(args, device, epochs * steps)
     net = parts["net"]
@@ -176,10 +177,8 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
         logger.report_scalar("accuracy", "test", accuracy, epoch * steps)
         logger.report_scalar("images per second", "train", speed, epoch * steps)
         checkpoint.save(folder / "checkpoint.pt", args, task.id, epoch, parts)
-        print(
-            f"epoch {epoch}/{epochs}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
-            f"test accuracy {accuracy:.2%}  {speed:,} images/s"
-        )
+        losses = f"train loss {train_loss:.4f}  test loss {test_loss:.4f}"
+        print(f"epoch {epoch}/{epochs}  {losses}  test accuracy {accuracy:.2%}  {speed:,} images/s")
 
     log_probs, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
     model = folder / "model.pt"
@@ -196,11 +195,9 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
 def store_model(task: Task, net: Net, path: Path, output_uri: str) -> None:
     """Upload the model and register it with the task. Raise ValueError if an upload fails."""
     if task.is_offline():  # OutputModel needs a server (clearml 2.1.12), an artifact does not
-        metadata = {}
-        if output_uri:
-            address = f"{output_uri}/{task.id}/{path.name}"
-            metadata["stored"] = StorageManager.upload_file(str(path), address)
-        task.upload_artifact("model", path, metadata, wait_on_upload=True)
+        address = f"{output_uri}/{task.id}/{path.name}"
+        stored = {"stored": StorageManager.upload_file(str(path), address)} if output_uri else {}
+        task.upload_artifact("model", path, metadata=stored, wait_on_upload=True)
         return
     earlier = [model.id for model in task.models["output"]]  # of a run that is resumed
     model = OutputModel(
@@ -220,63 +217,60 @@ def report_results(
 ) -> None:
     """Report a confusion matrix, a table and a picture; upload the predictions as an artifact."""
     logger, count = task.get_logger(), len(CLASSES)
-    if task.output_uri:
-        logger.set_default_upload_destination(task.output_uri)  # where the picture goes
     confidence, predicted = log_probs.exp().max(dim=1)
     hits = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
     correct, mistakes = hits.diag(), hits - hits.diag().diag()
     top = max(2, int(mistakes.max()) + 1)  # the colour of what is right: grey
     colours = [(0, "white"), (1 / top, "gold"), (1 - 1 / top, "red"), (1, "lightgrey")]
+    z = (mistakes + top * torch.eye(count)).numpy()
     axes = {"xaxis": "prediction", "yaxis": "label", "xlabels": CLASSES, "ylabels": CLASSES}
-    look = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours}
-    values = (mistakes + top * torch.eye(count)).numpy()
-    logger.report_confusion_matrix(
-        "confusion matrix", "test", values, step, yaxis_reversed=True, extra_layout=look, **axes
-    )
-    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 for a class that is never predicted
-    recall = correct / hits.sum(dim=1)
+    look = {"text": hits.tolist(), "texttemplate": "%{text}", "zmin": 0, "zmax": top}
+    look |= {"colorscale": colours, "xaxis": {"dtick": 1}}
+    look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
+    logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
+    precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 where there is none
+    recall = (correct / hits.sum(dim=1)).nan_to_num()
     table: list[list[object]] = [["class", "precision", "recall", "images"]]
     for label, p, r, row in zip(CLASSES, precision, recall, hits, strict=True):
         table.append([label, f"{p:.2%}", f"{r:.2%}", int(row.sum())])
     logger.report_table("per class", "test", step, table_plot=table)
 
     # A confusion matrix of images: in each cell the one of which the network was surest.
-    grid = torch.full((count, count, *images.shape[1:]), 255, dtype=torch.uint8)
+    cells = torch.ones(count**2, 1, *images.shape[1:])
     for index in confidence.argsort().tolist():
-        grid[labels[index], predicted[index]] = images[index]
-    picture = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()
-    Image.fromarray(picture).resize((84 * count, 84 * count)).save(folder / "mistakes.png")
-    logger.report_image("mistakes", "test", step, local_path=str(folder / "mistakes.png"))
-
+        cells[labels[index] * count + predicted[index]] = images[index] / 255
+    path = folder / "mistakes.png"
+    save_image(nn.functional.interpolate(cells, scale_factor=3), path, nrow=count, padding=0)
+    task.upload_artifact("mistakes", path, wait_on_upload=True)
+    url = task.artifacts["mistakes"].url  # without it, the picture would go to the file server
+    where = {"local_path": str(path)} if task.is_offline() else {"url": url}
+    logger.report_image("mistakes", "test", step, **where)
     path, header = folder / "predictions.csv", "index,label,prediction,confidence"
     columns = np.column_stack([np.arange(len(labels)), labels, predicted, confidence])
     np.savetxt(path, columns, "%d,%d,%d,%.6f", header=header, comments="")
     task.upload_artifact("predictions", path, wait_on_upload=True)
 
 
-# --- arguments, main -------------------------------------------------------------------------
 def make_parser() -> ArgumentParser:
     style, uri = ArgumentDefaultsHelpFormatter, os.getenv("CLEARML_OUTPUT_URI", "")
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
-    parser.add_argument(
-        "--project-name", type=name, default="mnist-training-poc", help="of ClearML"
-    )
-    parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="of ClearML")
+    parser.add_argument("--project-name", type=name, default="mnist-training-poc", help="project")
+    parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="name of the task")
     parser.add_argument("--tags", nargs="+", default=[], help="tags of the task")
     where = "where models go: s3://..., gs://..., azure://... or a folder; empty: the file server"
     parser.add_argument("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     parser.add_argument("--offline", action="store_true", help="record an offline session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue to send the run to")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
-    parser.add_argument("--batch-size", type=number(int, 2), default=128, help="for training")
-    parser.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="for testing")
+    parser.add_argument("--batch-size", type=number(int, 2), default=128, help="training images")
+    parser.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="test images")
     parser.add_argument("--lr", type=number(float, 1e-9), default=0.3, help="peak learning rate")
-    parser.add_argument("--momentum", type=number(float, 0, 0.999), default=0.9, help="of SGD")
-    parser.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="of SGD")
-    parser.add_argument("--seed", type=number(int, 0), default=1, help="of all random numbers")
+    parser.add_argument("--momentum", type=number(float, 0, 0.999), default=0.9, help="for SGD")
+    parser.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="for SGD")
+    parser.add_argument("--seed", type=number(int, 0), default=1, help="seed of all randomness")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best one here")
     parser.add_argument("--log-interval", type=number(int, 1), default=100, help="in batches")
-    parser.add_argument("--data-dir", type=Path, default=DATA, help="downloaded to if empty")
+    parser.add_argument("--data-dir", type=Path, default=DATA, help="MNIST, downloaded if missing")
     parser.add_argument("--dry-run", action="store_true", help="train one batch only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for local files")
     resume = "checkpoint to go on from, in the same task; without PATH: the newest one"

@@ -3,7 +3,7 @@
 import argparse
 import os
 import pickle
-from contextlib import suppress
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from clearml import Task
 
 from clearml_client.ending import ending
-from clearml_client.errors import RunError, call_with_timeout, one_line
+from clearml_client.errors import RunError, one_line
 
 CHANGEABLE = {"resume", "offline", "queue", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run
 PATIENCE = 5  # seconds for ClearML to send what it has to report
+flushing: threading.Thread | None = None
 
 
 @dataclass
@@ -49,14 +50,22 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     What the checkpoint covers is sent to the ClearML server first. The last line of a run that ends early names the
     file, and the guard removes it once the run is complete. Raise RunError.
     """
-    if current := Task.current_task():
-        with suppress(TimeoutError):  # the server is away: ClearML goes on sending, and the end of the run waits for it
-            call_with_timeout(PATIENCE, "ClearML", lambda: current.flush(wait_for_uploads=True))
+    flush_reports()
     fixed = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"args": fixed, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
     save_atomically(content, path)
     ending.checkpoint = path
+
+
+def flush_reports() -> None:
+    """Let ClearML send what it has to report. Where the server is away, wait for it once, and not at each epoch."""
+    global flushing
+    task = Task.current_task()
+    if task and not (flushing and flushing.is_alive()):
+        flushing = threading.Thread(target=task.flush, kwargs={"wait_for_uploads": True}, daemon=True)
+        flushing.start()
+        flushing.join(PATIENCE)
 
 
 def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Progress]:

@@ -34,8 +34,10 @@ import clearml_client
 
 clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
+from clearml import Task
+
 from clearml_client import configuration, errors, sdk, server, storage
-from clearml_client.configuration import ACCESS, FILES, HOST, SECRET, WEB, display_path, in_file, origin, variable
+from clearml_client.configuration import ACCESS, FILES, HOST, WEB, display_path, in_file, origin, variable
 from clearml_client.errors import PLAIN_PORT, TLS_PORT, RunError, call_with_timeout, diagnose, last4, one_line, redact
 
 AREAS = ("configuration", "server", "storage", "machine")
@@ -145,24 +147,22 @@ def check_syntax(_: Setup) -> Found:
 
 def check_settings(setup: Setup) -> Found:
     setup.offline = configuration.why_offline()
-    if sdk.is_offline():
-        return "runs are recorded offline", variable("CLEARML_OFFLINE_MODE"), "unset CLEARML_OFFLINE_MODE"
+    if Task.is_offline():
+        name = configuration.variable_in_use(configuration.OFFLINE)
+        return "runs are recorded offline", variable(name), f"unset {name}"
     if setup.offline:
         setup.offline = "no server is configured"
         words = "no configuration: runs are recorded offline"
         return words, "default", "uv run clearml-init writes ~/clearml.conf, if you have a server"
     key = last4(configuration.setting(ACCESS))
-    return f"{configuration.setting(HOST)}, access key {key}, secret key set", origins(HOST, ACCESS, SECRET)
+    sources = "; ".join(dict.fromkeys([origin(HOST), *configuration.credentials_origin().split("; ")]))
+    return f"{configuration.setting(HOST)}, access key {key}, secret key set", sources
 
 
 def check_cache(_: Setup) -> Found:
     with unmade(Path(sdk.get_cache_dir())):
         configuration.check_cache()
     return display_path(sdk.get_cache_dir()), ""
-
-
-def origins(*keys: str) -> str:
-    return "; ".join(dict.fromkeys(map(origin, keys)))
 
 
 def reach(url: str, source: str, cure: str = "") -> str:
@@ -204,7 +204,7 @@ def check_api(_: Setup) -> Found:
 
 
 def check_keys(_: Setup) -> Found:
-    key, source = f"access key {last4(configuration.setting(ACCESS))}", origins(ACCESS, SECRET)
+    key, source = f"access key {last4(configuration.setting(ACCESS))}", configuration.credentials_origin()
     try:
         session = server.session()
     except RunError as error:

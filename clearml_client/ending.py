@@ -20,7 +20,7 @@ from types import TracebackType
 from clearml import Task
 
 from clearml_client import sdk, server
-from clearml_client.errors import one_line
+from clearml_client.errors import command, one_line
 
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
 STOPS |= {"SIGXCPU": "out of CPU time"}  # the last three are what batch systems send
@@ -60,7 +60,7 @@ class Ending:
         """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""
         if not self.checkpoint or not Task.running_locally():
             return ""
-        return "; saved, and to go on: " + command(SCRIPT, "--resume", self.checkpoint)
+        return f"; saved, and to go on: {command(str(SCRIPT), '--resume', str(self.checkpoint))}"
 
     def settle(self) -> None:
         """Give the task its status by public calls: the SDK's own way out sets another, and may wait for ever."""
@@ -91,10 +91,6 @@ class Ending:
 
 
 ending = Ending()
-
-
-def command(*words: object) -> str:
-    return "uv run " + " ".join(map(str, words))
 
 
 def abandon(code: int) -> None:

@@ -16,7 +16,7 @@ import builtins
 import errno
 import logging
 import os
-import shlex
+import re
 import signal
 import sys
 import traceback
@@ -32,8 +32,8 @@ from clearml import Task
 
 import clearml_client
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.ending import SCRIPT, Watcher, command, ending, limit
-from clearml_client.errors import RunError, UsageError, call_with_timeout, escape_unencodable, one_line
+from clearml_client.ending import SCRIPT, Watcher, ending, limit
+from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
@@ -68,7 +68,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         except BaseException as error:
             ending.unwinding.set()
             end_early(error, self.given)
-        logging.getLogger("clearml").addHandler(self.lost)
+        for handler in logging.getLogger("clearml").handlers:
+            handler.addFilter(self.lost)
         return self
 
     def __exit__(
@@ -140,9 +141,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         The server is waited for first, a minute at most, and the storage is asked whether it is still there. A file has
         two minutes and a second for each 100 KB. Raise RunError, which says where the file is.
         """
-        if not Task.is_offline():
-            with explained(f"the model is in {path}, and the last reports did not reach the server", doctor=True):
-                server.ping(patience=60)
+        wait_for_server(f"the model is in {path}, and the last reports did not reach the server")
         what = f"the model is in {path}, but not at {self.output_uri or 'the ClearML session'}"
         with explained(what, doctor=True), limit(120 + path.stat().st_size / 1e5, what):
             if self.output_uri:
@@ -166,13 +165,12 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         if task.is_offline():
             session = f"{task.get_offline_mode_folder()}.zip"
             task.close()
-            command = f"uv run clearml-task --import-offline-session {shlex.quote(session)}"
-            last = f"To take the session to a server: {command}"
+            last = f"To take the session to a server: {command('clearml-task', '--import-offline-session', session)}"
         else:
             what = "the last reports did not reach the ClearML server"
             last = f"Results: {task.get_output_log_web_page()}"
+            wait_for_server(what)
             with explained(what, doctor=True), limit(180, what):
-                server.ping(patience=60)
                 task.flush(wait_for_uploads=True)
                 sizes = stored_objects()
                 for address, store in opened([*sizes]):
@@ -192,16 +190,25 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         print(last)
 
 
-class LostReports(logging.Handler):
-    """Collect what the SDK could not report or upload in the background: it only logs that, and goes on."""
+class LostReports(logging.Filter):
+    """Collect what the SDK could not report or upload in the background: it only logs that, and goes on.
+
+    Let each message through once: the SDK repeats some of them for each try.
+    """
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
         self.messages: list[str] = []
+        self.seen: set[str] = set()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith(("clearml.metrics", "clearml.storage")):
-            self.messages.append(record.getMessage())
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR and record.name.lower().startswith(("clearml.metrics", "clearml.storage")):
+            self.messages.append(message)
+        kind = re.sub("[0-9a-f]", "", message)  # the same for other ids and numbers
+        is_new = kind not in self.seen
+        self.seen.add(kind)
+        return is_new
 
 
 def refuse_finished(task_id: str) -> None:
@@ -210,6 +217,17 @@ def refuse_finished(task_id: str) -> None:
     status = str(task.status) if task else "deleted"
     if status in ("completed", "closed", "published", "publishing", "deleted"):
         raise UsageError(f"cannot resume: the task {task_id} is {status}")
+
+
+def wait_for_server(what: str) -> None:
+    """Wait for the server, a minute at most, and see that it still has the task. Else RunError with these words."""
+    if Task.is_offline():
+        return
+    with explained(what, doctor=True):
+        server.ping(patience=60)
+        server.session.cache_clear()  # its token is void if the server was restarted with another secret
+        if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
+            raise RunError("somebody has deleted the task on the ClearML server")
 
 
 def task_at_agent() -> Task:
@@ -270,7 +288,8 @@ def raised_in_library(error: BaseException) -> bool:
 
 def end_early(error: BaseException, output_uri: str) -> None:
     """Say what happened, give the task its status, and leave with the exit code."""
-    find = f"; find the cause: {command('clearml_client.doctor', output_uri)}"
+    target = ["--output-uri", output_uri] if output_uri else []
+    find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
     code = getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):
         ending.say("interrupted", 128 + signal.SIGINT, "stopped", seconds=8)

@@ -1,4 +1,4 @@
-"""Every name of the ClearML SDK (2.1.12) that is not public, each with the reason for it.
+"""Every name of the ClearML SDK (2.1.12) that is not public, each with its reason and the way out.
 
 Nothing else in this package, and nothing in the example, uses another one. tests/test_sdk.py asks the installed SDK
 for each of them: an upgrade that moves one is one red line there.
@@ -6,6 +6,8 @@ for each of them: an upgrade that moves one is one red line there.
 
 import atexit
 import errno
+import io
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -14,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import clearml
+import requests
 
 # Unused names of this list are used by the modules that import them from here.
-from clearml.backend_api import Session  # the addresses, as file and variables have them; unnecessary: a public getter
-from clearml.backend_api.session.session import LoginError  # Task.init's, for keys that are not accepted
-from clearml.backend_api.utils import get_http_session_with_retry  # asks as the SDK asks: same certificates and proxies
-from clearml.backend_config.defs import get_config_file  # the file that the SDK reads
-from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever it comes
+from clearml.backend_api import Session  # the addresses, and calls of ours; way out: a public getter, and APIClient
+from clearml.backend_api.session.session import LoginError  # Task.init's, for keys that are not accepted; an export
+from clearml.backend_api.utils import get_http_session_with_retry  # the SDK's certificates and proxies; an export
+from clearml.backend_config.bucket_config import S3BucketConfigurations
+from clearml.backend_config.defs import get_config_file  # the file that the SDK reads; an export
+from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever; an export
 from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
-from clearml.config import config_obj, get_cache_dir  # the merged settings; unnecessary: Task.get_config() or the like
+from clearml.config import config_obj, get_cache_dir  # the merged settings; way out: Task.get_config() or the like
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
@@ -32,7 +36,7 @@ FOLDER = str(Path(clearml.__file__).parent)
 
 
 def setting(key: str, default: Any = None) -> Any:
-    """A value of the merged configuration, such as "api.api_server"."""
+    """Return a value of the merged configuration, such as "api.api_server"."""
     return config_obj.get(key, default)
 
 
@@ -43,38 +47,54 @@ def put(key: str, value: Any) -> None:
 
 
 def forget_settings() -> None:
-    """The next `setting` reads all files again."""
-    config_obj._config = None
-
-
-def is_offline() -> bool:
-    """CLEARML_OFFLINE_MODE, which Task.is_offline() would tell only with the whole SDK loaded."""
-    return bool(Session._offline_mode)
+    """Let the next `setting` read all files again."""
+    config_obj.set_config_impl(None)
 
 
 def limit_session(connect: float, answer: float) -> None:
-    """Seconds that a request of a new Session waits: the SDK's own 300 cannot be configured."""
+    """Set the seconds that a request of a new Session waits; way out: a setting in place of the SDK's own 300."""
     Session._session_timeout = (connect, answer)
 
 
-def s3_entry(uri: str) -> tuple[Any, bool]:
-    """The S3BucketConfig by which the SDK opens this place, and whether it is an entry of clearml.conf's list.
+def send_request(*arguments: Any, **options: Any) -> Any:
+    """Send a call as the SDK does, but for two answers of a server that was restarted, or that has revoked the keys.
 
-    Raises TypeError or ValueError where the list itself is wrong.
+    Of a token that is void the SDK gets a new one, but sends the call again with the old one: send it once more. Where
+    there is no new token it prints a traceback and tries again, for ever: fail. Way out: the same there.
     """
-    configurations = StorageHelper._s3_configurations
+    try:
+        answer = send_once(*arguments, **options)
+        return send_once(*arguments, **options) if answer is not None and answer.status_code == 401 else answer
+    except LoginError as error:
+        refused = requests.Response()
+        refused.status_code = 401
+        meta = {"result_code": 401, "result_subcode": 0, "result_msg": str(error), "id": "", "trx": ""}
+        meta["endpoint"] = {"name": "auth.login", "requested_version": 1.0, "actual_version": "1.0"}
+        refused.raw = io.BytesIO(json.dumps({"meta": meta, "data": {}}).encode())
+        return refused
+
+
+send_once, Session.send_request = Session.send_request, send_request
+
+
+def s3_entry(uri: str) -> tuple[Any, bool]:
+    """Return the S3BucketConfig by which the SDK opens this place, and whether it is an entry of clearml.conf's list.
+
+    Raise TypeError or ValueError where the list itself is wrong. Way out: a public way to the SDK's own client.
+    """
+    configurations = S3BucketConfigurations.from_config(setting("sdk.aws.s3", {}))
     entry = configurations.get_config_by_uri(uri)
-    return entry, any(entry is known for known in configurations._buckets)
+    return entry, configurations.get_config_by_bucket(*entry.get_bucket_host()) is not None
 
 
 def s3_arguments(entry: Any) -> dict[str, Any]:
-    """boto3's arguments, as the SDK makes them of such an entry; unnecessary: a public way to the SDK's own client."""
+    """Return boto3's arguments, as the SDK makes them of such an entry; way out: the same."""
     arguments: dict[str, Any] = _Boto3Driver._get_boto_resource_kwargs_from_config(entry)
     return arguments
 
 
 def file_servers() -> list[str]:
-    """Addresses that the SDK takes for file servers, and sends its token to."""
+    """List the addresses that the SDK takes for file servers, and sends its token to; way out: a public getter."""
     return [host.rstrip("/") for host in _HttpDriver.get_file_server_hosts()]
 
 
@@ -99,27 +119,25 @@ def storage_errors() -> Iterator[None]:
 
 
 def canonical(address: str) -> str:
-    """The address after the path substitutions of clearml.conf."""
+    """Return the address after the path substitutions of clearml.conf; way out: a public function."""
     return str(StorageHelper._canonize_url(address))
 
 
-def run_folder(task: Any) -> str:
-    """project/task name.id, below which the SDK puts all objects of a task; unnecessary: a public getter for it."""
-    folder: str = task._get_output_destination_suffix()
-    return folder
-
-
 def forget_exit_handler(task: Any) -> None:
-    """At the end of the process the SDK would set a status of its own; unnecessary: a public way to say no."""
+    """Keep the SDK from setting a status of its own at the end of the process; way out: a public way to say no."""
     atexit.unregister(task._at_exit)
 
 
 def be_quiet(offline: bool) -> None:
-    """Of what the SDK does unasked at each start: look for a GPU where there is no driver of one, which ends in two
-    warnings, and ask a service on the internet for newer versions, which an offline session must not do."""
+    """Leave out what the SDK does unasked at each start; way out: settings for it.
+
+    It looks for a GPU where there is no driver of one, which ends in two warnings; asks a service on the internet for
+    newer versions, which an offline session must not do; and tells that it waits for its look at the repository.
+    """
     from clearml.utilities import resource_monitor
     from clearml.utilities.check_updates import CheckPackageUpdates
 
     if not shutil.which("nvidia-smi"):
         resource_monitor.gpustat = None
     CheckPackageUpdates._package_version_checked = offline
+    logging.getLogger("clearml.Task").setLevel(logging.WARNING)

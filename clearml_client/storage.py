@@ -171,7 +171,10 @@ class Store:
 
     def list(self, prefix: str) -> list[str]:
         """Return the keys that begin with the prefix. File server and Azure cannot be listed here, and have none."""
-        return self.attempt("list", lambda: [*self._keys(prefix)]) or []
+        keys = self.attempt("list", lambda: [*self._keys(prefix)])
+        if not keys:
+            self.check_place()  # a store may list a bucket that is not there
+        return keys or []
 
     def check_place(self) -> None:
         """See that the place answers, and that its bucket is there."""
@@ -255,6 +258,7 @@ class FileServer(Store):
             )
             if answer.status_code != 404:
                 break
+        server.check_redirect(answer, self.name, origin(FILES))
         answer.raise_for_status()
         return answer
 

@@ -27,15 +27,15 @@ def read(task_id: str, folder: Path) -> dict[str, Any]:
             "labels": model.labels,
             "design": model.config_text,
             "url": model.url,
-            "metadata": model.get_all_metadata(),
             "file": fetch(model.url, folder),
         }
         for model in task.models["output"]
     ]
     artifacts = {
-        name: {"size": artifact.size, "file": fetch(artifact.url, folder)} for name, artifact in task.artifacts.items()
+        name: {"metadata": artifact.metadata, "file": fetch(artifact.url, folder)}
+        for name, artifact in task.artifacts.items()
     }
-    samples = [sample["url"] for sample in task.get_debug_samples("mistakes", "worst of the test set")]
+    samples = [sample["url"] for sample in task.get_debug_samples("mistakes", "test")]
     return {
         "status": str(task.status),
         "name": task.name,
@@ -45,7 +45,6 @@ def read(task_id: str, folder: Path) -> dict[str, Any]:
         "parameters": task.get_parameters(),
         "id": task.id,
         "network": task.get_configuration_object("network"),
-        "setup": task.get_configuration_object_as_dict("setup"),
         "scalars": task.get_reported_scalars(),
         "single": task.get_reported_single_values(),
         "plots": {plot["metric"]: json.loads(plot["plot_str"]) for plot in task.get_reported_plots()},

@@ -12,7 +12,6 @@ from clearml_server import ClearMLServer
 from conftest import ROOT
 
 import pytorch_mnist
-from clearml_client import checkpoint
 
 SPEED = ("images per second", "train")  # the one curve that no two runs share
 
@@ -42,15 +41,6 @@ def read_session(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]
 def read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
-
-
-def curves_of(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """Value at each step of each curve; a doubled point is an error."""
-    curves: dict[tuple[str, str], dict[int, float]] = {}
-    for title, series, value, step in checkpoint.load(path, pytorch_mnist.Net())["points"]:
-        assert step not in curves.setdefault((title, series), {}), f"{title}/{series} has {step} twice"
-        curves[title, series][step] = value
-    return curves
 
 
 def stored_curves(server: ClearMLServer, task: str) -> dict[tuple[str, str], dict[int, float]]:

@@ -23,20 +23,20 @@ from uuid import uuid4
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, Run
-from stores import FakeGCS, Rclone
+from stores import FakeGCS, Rclone, S3Store, SeaweedFS
 
-from clearml_client import cleanup, storage
+from clearml_client import cleanup
 
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name")
 HOOKED = ("tests/programs/hook.py", "--project-name")
-DELETE = ("--delete", "--yes")
 GONE: tuple[list[str], ...] = ([], [], [])
+STORES = ("s3", "gcs", "folder", "files")
 
 
 class Lab:
     """A team's project: tasks as the SDK would have left them, and their objects in every kind of store."""
 
-    def __init__(self, server: ClearMLServer, folder: Path, s3: Rclone, gcs: FakeGCS) -> None:
+    def __init__(self, server: ClearMLServer, folder: Path, s3: S3Store, gcs: FakeGCS) -> None:
         self.server, self.s3, self.gcs, self.project = server, s3, gcs, f"cleanup/{uuid4().hex[:8]}"
         self.project_id = server.projects_create(self.project)["id"]
         self.folder = folder / "disk"
@@ -45,30 +45,26 @@ class Lab:
         self.machine.home.mkdir()
         self.machine.configure(server.configuration(), s3.clearml_conf())
 
-    def run(self, *arguments: object, **variables: str) -> Run:
-        machine = replace(self.machine, variables={**self.machine.variables, **variables})
-        done = machine.run(*HOOKED, self.project, *arguments)
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    def run(self, *arguments: object, code: int = 0) -> Run:
+        done = self.machine.run(*HOOKED, self.project, *arguments)
+        assert (done.returncode, "Traceback" in done.everything) == (code, False), done.everything
         return done
 
-    def delete(self, *arguments: object, **variables: str) -> str:
-        """A run that deletes all that it lists, and what it says."""
-        done = self.run(*DELETE, *arguments, **variables)
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+    def delete(self, *arguments: object, code: int = 0) -> str:
+        """What a run says that deletes all that it may."""
+        return self.run("--delete", "--yes", *arguments, code=code).stdout
 
-    def disturb(self, step: int, disturbance: Callable[[], object]) -> str:
-        """What a run says that something happens to before its step-th change, and that leaves something."""
+    def disturb(self, step: int, disturbance: Callable[[], object], code: int = 1) -> str:
+        """What a run says that something happens to before its step-th change."""
         variables = {**self.machine.variables, "STEP": str(step), "ACTION": "pause"}
-        run = Run(replace(self.machine, variables=variables).start(*HOOKED, self.project, *DELETE))
+        run = Run(replace(self.machine, variables=variables).start(*HOOKED, self.project, "--delete", "--yes"))
         paused = self.machine.home / "paused"
         while not paused.exists():
             assert run.process.poll() is None, run.everything
             time.sleep(0.02)
         disturbance()
         paused.unlink()
-        assert run.end() == 1, run.everything
-        assert "Traceback" not in run.everything
+        assert (run.end(), "Traceback" in run.everything) == (code, False), run.everything
         return run.stdout
 
     def archive(self, task: str, days: float = 40) -> None:
@@ -76,10 +72,9 @@ class Lab:
         self.server.tasks[task] |= {"status_changed": changed.isoformat(), "system_tags": ["archived"]}
 
     def task(self, name: str, status: str = "completed", days: float = 40, archived: bool = True, **more: Any) -> str:
-        server = self.server
-        task: str = server.tasks_create(name, "training", project=self.project_id, **more)["id"]
+        task: str = self.server.tasks_create(name, "training", project=self.project_id, **more)["id"]
         self.archive(task, days)
-        server.tasks[task] |= {"status": status, "system_tags": ["archived"] if archived else []}
+        self.server.tasks[task] |= {"status": status, "system_tags": ["archived"] if archived else []}
         return task
 
     def model(self, task: str, address: str) -> None:
@@ -128,11 +123,11 @@ class Lab:
         return f"{self.server.files_url}/{key}" if store == "files" else f"file://{file}"
 
     def objects(self) -> list[str]:
-        """Every object of this project, in every store, and every probe."""
+        """Every object of this project, in every store."""
         keys = [*self.s3.keys(), *self.gcs.keys()]
         for folder in (self.folder, self.server.files_folder):
             keys += [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        return sorted(key for key in keys if self.project in key or cleanup.PROBE in key)
+        return sorted(key for key in keys if self.project[:16] in key)  # before what the SDK quotes
 
     def tasks(self) -> list[str]:
         return [task["id"] for task in self.server.tasks.values() if task["project"] == self.project_id]
@@ -142,6 +137,17 @@ class Lab:
 
     def left(self) -> tuple[list[str], list[str], list[str]]:
         return self.tasks(), self.models(), self.objects()
+
+
+class NoList(SeaweedFS):
+    """Its second user may read, write and delete, but not list."""
+
+    KEY, SECRET = SeaweedFS.READER
+
+    def command(self) -> list[str]:
+        command, config = super().command(), self.folder / "identities.json"
+        config.write_text(config.read_text().replace('["Read", "List"]', '["Read", "Write"]'))
+        return command
 
 
 @pytest.fixture
@@ -156,54 +162,78 @@ def test_without_delete_it_lists_everything_and_deletes_nothing(lab: Lab) -> Non
         lab.task(f"task {number}")
     task = lab.full_task("näme")
     before, asked = lab.left(), len(lab.server.requests)
-    done = lab.run(PYTHONIOENCODING="ascii")
-    assert (done.returncode, lab.left()) == (0, before)
+    lab.machine.variables["PYTHONIOENCODING"] = "ascii"
+    said = lab.run().stdout
+    assert lab.left() == before
     assert not [r for r in lab.server.requests[asked:] if "delete" in r.path or r.method in ("DELETE", "PUT")]
-    assert "501 archived tasks" in done.stdout
-    assert len(set(re.findall("^task [0-9]+ ", done.stdout, re.MULTILINE))) == 500
-    assert rf"n\xe4me ({task}), 40 days: 1 model, 1 artifact, 2 images, 4 KB in {lab.s3.uri()}" in done.stdout
-    assert "add --delete" in done.stdout
+    assert "501 archived tasks" in said
+    assert len(set(re.findall("^task [0-9]+ ", said, re.MULTILINE))) == 500
+    assert rf"n\xe4me ({task}), 40 days: 1 artifact, 2 images, 1 model, 4.00kB in {lab.s3.uri()}" in said
+    assert "add --delete" in said
 
 
-def test_deletes_from_every_kind_of_store(lab: Lab) -> None:
-    """Several in one task, by the entry of clearml.conf and by variables; what is gone already is no trouble."""
-    mixed = lab.task("all of them")
-    for store in ("s3", "gcs", "files", "folder"):
-        lab.full_task("one store", store)
-        address = lab.put(f"all of them.{mixed}/models/model.bin", store)
+def test_deletes_from_every_kind_of_store(lab: Lab, tmp_path: Path) -> None:
+    """What is recorded, and what is not in the tasks' own folders; nothing in other folders, or behind a link."""
+    mixed, stays = lab.task("mixed"), [lab.put("mixed/model.bin", store) for store in STORES]
+    roots = (lab.s3.uri(), lab.gcs.uri(), f"file://{lab.folder}", lab.server.files_url)
+    for store, root in zip(STORES, roots, strict=True):
+        address = lab.put(f"mixed.{mixed}/models/model.bin", store)
         lab.model(mixed, address)
         lab.model(mixed, address.replace("model.bin", "never.bin"))
-    by_variables = lab.put(f"all of them.{mixed}/models/variables.bin")
+        recorded, killed = lab.full_task("recorded", store), lab.task("killed", output_dest=root)
+        for path in (f"recorded.{recorded}/models/left.bin", f"killed.{killed}/ä #1/1.bin", f"killed.{killed}/2.bin"):
+            left = lab.put(path, store)
+            stays += [left] if store == "files" else []  # it cannot list
+        for path in (f"killed.{killed}0", f"killed.{killed[:-1]}", "killed", f"other.{uuid4().hex}", f"x.{killed} y"):
+            stays.append(lab.put(f"{path}/model.bin", store))
+    by_variables = lab.put(f"mixed.{mixed}/models/variables.bin")
     lab.model(mixed, by_variables.replace(f"{lab.s3.host}/", ""))
+    (tmp_path / "precious").touch()
+    (lab.folder / "link").symlink_to(tmp_path / "precious")
+    lab.model(mixed, f"file://{lab.folder}/link")
+    linked = lab.task("linked", output_dest=f"file://{lab.folder}")
+    (lab.folder / lab.project / f"linked.{linked}").symlink_to(lab.folder / lab.project / "killed")
     asked = len(lab.server.requests)
-    said = lab.delete("--folder", lab.folder, **lab.s3.environment())
-    assert lab.left() == GONE
-    assert not [*lab.folder.rglob("*all of them*")], "an empty folder was left"
-    assert re.search(r"^deleted all of them .*4 already gone", said, re.MULTILINE)
-    assert re.search(r"^Deleted: 5 tasks, .*Left: 0 tasks\.$", said, re.MULTILINE)
+    lab.machine.variables |= lab.s3.environment()
+    said = lab.delete("--folder", lab.folder)
+    assert lab.left() == ([], [], sorted(address[address.index(lab.project) :] for address in stays))
+    assert [path.name for path in lab.folder.iterdir()] == ["cleanup"], "of a link the link goes"
+    assert (tmp_path / "precious").exists()
+    assert not [*lab.folder.rglob("recorded*")], "an empty folder was left"
+    assert re.search("^deleted mixed .* days: 4 missing objects, 6 models, [0-9.]+kB in", said, re.MULTILINE)
+    assert len(re.findall("^deleted recorded .* 1 unrecorded object, 5.00kB in", said, re.MULTILINE)) == 3
+    assert len(re.findall("^deleted killed .* days: 2 unrecorded objects, 2.00kB in", said, re.MULTILINE)) == 3
+    assert re.search(r"^Deleted: 10 tasks, .*Left: 0 tasks\.$", said, re.MULTILINE)
     deletions = [r for r in lab.server.requests[asked:] if r.path == "tasks.delete"]
     assert all(not r.data["delete_external_artifacts"] for r in deletions), "the server must not delete on its own"
+    assert "file server cannot list" in lab.run("--help").stdout
 
 
 def test_names_with_special_characters_as_the_sdk_writes_them(lab: Lab) -> None:
-    """The SDK's own tasks. The file server's addresses are quoted, except those of models."""
+    """The SDK's own tasks. The file server's addresses are quoted, except those of models.
+
+    The second task in each store that can be listed has lost all records, as if it had been killed before any.
+    """
     lab.project += " ä #1 ?%"
-    targets = (lab.s3.uri("runs"), lab.gcs.uri("runs"), lab.server.files_url, lab.folder)
+    listable = (lab.s3.uri("runs"), lab.gcs.uri("runs"), lab.folder)
+    targets = [lab.server.files_url, *(target for target in listable for _ in range(2))]
     made = lab.machine.run("tests/programs/make_tasks.py", lab.project, *targets)
     assert made.returncode == 0, made.stderr
     (project,) = [project for project in lab.server.projects.values() if project["name"] == lab.project]
     lab.project_id = project["id"]
     for task in lab.tasks():
         lab.archive(task)
+    for task in lab.tasks()[2::2]:
+        lab.server.events[task].clear()
+        lab.server.tasks[task]["execution"]["artifacts"].clear()
+        lab.server.tasks[task]["models"]["output"].clear()
+        lab.server.models = {id_: model for id_, model in lab.server.models.items() if model["task"] != task}
 
-    def stored() -> list[str]:
-        files = [path for folder in (lab.server.files_folder, lab.folder) for path in folder.rglob("*")]
-        keys = [*lab.s3.keys(), *lab.gcs.keys(), *(str(path) for path in files if path.is_file())]
-        return [key for key in keys if "%231" in key]
-
-    assert len(stored()) == 4 * 5, stored()
-    assert "already gone" not in lab.delete("--folder", lab.folder)
-    assert (lab.tasks(), lab.models(), stored()) == ([], [], [])
+    assert len(lab.objects()) == 7 * 5
+    said = lab.delete("--folder", lab.folder)
+    assert len(re.findall("^deleted .*: 5 unrecorded objects, [^,]*$", said, re.MULTILINE)) == 3
+    assert "missing" not in said
+    assert lab.left() == GONE
 
 
 def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab) -> None:
@@ -218,18 +248,22 @@ def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab) -> N
             done = lab.machine.run(clearml_task, "--import-offline-session", session)
             assert done.returncode == 0, done.stderr
         session.unlink()
-    models = [key for key in lab.objects() if "offline-" in key]
+
+    def stored() -> list[str]:
+        return [key for key in [*lab.s3.keys(), *map(str, lab.folder.rglob("*.pt"))] if "offline-" in key]
+
+    models = stored()
     assert len(models) == 2
     firsts, seconds = lab.tasks()[::2], lab.tasks()[1::2]
     for task in firsts:
         lab.archive(task)
-    assert lab.delete("--folder", lab.folder).count("1 not its own") == 2 * 2  # when listed and when deleted
+    assert lab.delete("--folder", lab.folder).count("1 foreign object") == 2 * 2  # when listed and when deleted
     assert lab.tasks() == seconds
-    assert {*models} <= {*lab.objects()}
+    assert stored() == models
     for task in seconds:
         lab.archive(task)
     lab.delete("--folder", lab.folder)
-    assert lab.left() == GONE
+    assert (lab.left(), stored()) == (GONE, [])
     assert not [*lab.folder.rglob("offline*")], "an empty folder was left"
 
 
@@ -246,64 +280,76 @@ def test_every_image_goes_and_every_image_of_a_plot(lab: Lab) -> None:
     assert lab.left() == GONE
 
 
-def test_only_old_and_archived_tasks_of_the_project_go_and_json_has_each_with_its_reason(lab: Lab) -> None:
-    task = lab.full_task("eight days", days=8)
-    lab.server.tasks[task]["name"] = 'with token: "a-wrong-secret"'
-    published = lab.full_task("published", status="published")
-    kept = [published, lab.task("six days", days=6), lab.task("not archived", archived=False)]
-    below = lab.task("in the project below")
-    lab.server.tasks[below]["project"] = lab.server.projects_create(f"{lab.project}/below")["id"]
-    done = lab.run(*DELETE, "--json", "--older-than", "7")
-    assert done.returncode == 1
-    assert lab.tasks() == kept
-    assert below in lab.server.tasks
-    found = {item["id"]: item for item in json.loads(done.stdout)["tasks"]}
-    assert found.keys() == {task, published}
-    assert found[task]["deleted"] is True
-    assert found[task]["bytes"] == {lab.s3.uri(): 4000}
-    assert len(found[task]["objects"]) == 4
-    assert (found[published]["deleted"], found[published]["reason"]) == (False, "it is published")
-
-
 # --- what stays, and why --------------------------------------------------------------------------------------------
-def test_what_is_in_use_published_or_elsewhere_stays_with_the_reason(lab: Lab) -> None:
-    reasons = {}
+def test_all_that_is_old_and_archived_goes_or_has_a_reason(lab: Lab, tmp_path: Path) -> None:
+    """In JSON. A good reason is no failure; a bucket that is missing is one, though all seems gone there."""
+    reasons, failures = {}, {}
     for status in ("published", "publishing", "in_progress", "queued"):
         reasons[lab.full_task(status, status=status)] = f"it is {status.replace('in_progress', 'running')}"
     with_published_model = lab.full_task("published model")
     lab.server.models[lab.model_of(with_published_model)]["ready"] = True
     reasons[with_published_model] = f"({lab.model_of(with_published_model)}) is published"
-    used = lab.full_task("used model")
+    used, parent, data, owner = (lab.full_task(name) for name in ("used", "parent", "data set", "owner"))
     user = lab.task("user", archived=False)
     lab.server.tasks[user]["models"]["input"] = [{"name": "in", "model": lab.model_of(used)}]
-    reasons[used] = f"is used by task {user}"
-    parent = lab.full_task("parent")
     child = lab.task("child", status="published", archived=False, parent=parent)
-    reasons[parent] = f"its child {child} is published"
-    data = lab.full_task("data set")
     lab.server.tasks[data]["system_tags"] = ["archived", "dataset"]
-    reasons[data] = "it is a ClearML dataset"
-    owner = lab.full_task("owner")
-    linker = lab.task("linker", archived=False)
-    lab.artifact(linker, lab.server.tasks[owner]["execution"]["artifacts"][0]["uri"])
-    reasons[owner] = f"task {linker} has a link to its artifact"
-    reasons[lab.full_task("in a folder", "folder")] = "is not below a --folder"
-    for address, reason in {
-        "https://old-files.invalid": "https://old-files.invalid is not a file server of this configuration",
-        "azure://account.invalid/container": "azure:// is no storage that this command knows",
+    lab.artifact(user, lab.server.tasks[owner]["execution"]["artifacts"][0]["uri"])
+    reasons |= {used: f"is used by task {user}", parent: f"its child {child} is published"}
+    reasons |= {data: "it is a ClearML dataset", owner: f"task {user} has a link to its artifact"}
+    (lab.folder / "way out").symlink_to(tmp_path)
+    (tmp_path / "precious.bin").touch()
+    (lab.folder / lab.project).mkdir(parents=True)
+    linked = lab.task("linked", output_dest=f"file://{lab.folder}")
+    (lab.folder / lab.project / f"linked.{linked}").symlink_to(tmp_path)
+    reasons[linked] = "is not below a --folder"
+    for path in (tmp_path, f"file://{tmp_path}", f"file://{lab.folder}/..", f"file://{lab.folder}/way out"):
+        outside = lab.task(str(path))
+        lab.model(outside, f"{path}/precious.bin")
+        reasons[outside] = "precious.bin is not below a --folder"
+    reasons[lab.task("its folder", output_dest=f"file://{tmp_path}")] = "is not below a --folder"
+    reasons[lab.task("in Azure", output_dest="azure://account/box")] = "azure:// is no storage that this command knows"
+    nowhere = f"s3://{lab.s3.host}/nonesuch"
+    failures[lab.task("no record yet", output_dest=nowhere)] = "no such bucket"
+    for address, why in {
+        nowhere: "no such bucket",
+        "s3://127.0.0.1:1/models": "no keys",
+        "https://x": "server",
     }.items():
-        elsewhere = lab.task(address)
-        lab.model(elsewhere, f"{address}/x.{elsewhere}/model.bin")
-        reasons[elsewhere] = reason
-    before, done = lab.left(), lab.run(*DELETE)
-    assert (done.returncode, lab.left()) == (1, before), done.stdout
-    for task, reason in reasons.items():
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("left") and f"({task})" in line]
-        assert reason in line
-    assert lab.server.models[lab.model_of(used)]["task"] == used
-    assert lab.server.tasks[child]["parent"] == parent
+        for path in ("x.{}/model.bin", "{}.bin"):
+            task = lab.task(f"{address}/{path}")
+            lab.model(task, f"{address}/{path}".format(task))
+            failures[task] = why
+    kept = [lab.task("six days", days=6), lab.task("in the project below")]
+    lab.server.tasks[kept[1]]["project"] = lab.server.projects_create(f"{lab.project}/below")["id"]
+    goes = lab.full_task("eight days", days=8)
+    lab.server.tasks[goes]["name"] = 'with token: "a-wrong-secret"'
+    arguments = ("--folder", lab.folder, "--older-than", "7")
+    before, found = lab.objects(), json.loads(lab.delete(*arguments, "--json", code=1))["tasks"]
+    assert (tmp_path / "precious.bin").exists()
+    assert {*lab.server.tasks} >= {*kept, user, child, *reasons, *failures}
+    assert lab.objects() == [key for key in before if goes not in key]
+    assert {item["id"] for item in found} == {goes, *reasons, *failures}
+    for item in found:
+        assert (reasons | failures).get(item["id"], "") in item["reason"]
+        assert (item["deleted"], item["failed"]) == (item["id"] == goes, item["id"] in failures)
+        assert item["id"] != goes or [*item["objects"].values()] == [1000] * 4
+    for task in failures:
+        del lab.server.tasks[task]
+    assert len(re.findall("^left ", lab.delete(*arguments), re.MULTILINE)) == len(reasons), "exit code 0"
 
 
+def test_keys_that_may_not_list_delete_what_is_recorded(lab: Lab, tmp_path: Path) -> None:
+    with NoList(tmp_path / "store") as store:
+        lab.s3 = store
+        task = lab.full_task("recorded")
+        unrecorded = lab.put(f"recorded.{task}/models/unrecorded.bin")
+        lab.machine.configure(lab.server.configuration(), store.clearml_conf(key=NoList.KEY, secret=NoList.SECRET))
+        assert re.search("^deleted recorded .* 4.00kB.*; .*cannot list.*AccessDenied", lab.delete(), re.MULTILINE)
+        assert (lab.tasks(), [store.uri(key) for key in lab.objects()]) == ([], [unrecorded])
+
+
+# --- what stays, and why --------------------------------------------------------------------------------------------
 def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: Lab) -> None:
     """A model and its user go together; a data set, an input artifact and another web site's image are not its own."""
     task, user = lab.full_task("maker"), lab.full_task("user")
@@ -323,36 +369,23 @@ def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: La
     alive = lab.task("alive", archived=False)
     for sharer in (lab.task("one"), lab.task("two"), alive):
         lab.model(sharer, shared)
+    killed, linked = (lab.task(name, output_dest=lab.s3.uri()) for name in ("killed", "linked"))
+    lab.put(f"killed.{killed}/unrecorded.bin")
+    recorded, used = (lab.put(f"killed.{killed}/{number}.bin") for number in range(2))
+    for owner, address in ((killed, recorded), (alive, recorded), (alive, used)):
+        lab.model(owner, address)
+    lab.artifact(alive, lab.put(f"linked.{linked}/data.bin"))
     said = lab.delete()
-    assert re.search("^deleted maker .* 3 not its own", said, re.MULTILINE)
-    assert len(re.findall("^deleted (one|two) .* 1 not its own", said, re.MULTILINE)) == 2
-    assert lab.tasks() == [alive]
-    assert lab.objects() == [f"{lab.project}/data/set.zip", f"{lab.project}/shared/model.bin"]
+    assert re.search("^deleted maker .* 3 foreign objects", said, re.MULTILINE)
+    assert len(re.findall("^deleted (one|two) .* 1 foreign object", said, re.MULTILINE)) == 2
+    assert re.search("^deleted killed .* 2 foreign objects, 1 unrecorded object, 1.00kB", said, re.MULTILINE)
+    assert re.search(f"^left linked .* task {alive} has a link to its unrecorded object", said, re.MULTILINE)
+    assert lab.tasks() == [alive, linked]
+    assert {re.sub(".*/", "", key) for key in lab.objects()} == {"set.zip", "model.bin", "0.bin", "1.bin", "data.bin"}
     lab.archive(alive)
     lab.model(lab.task("another"), shared)
     lab.delete()
     assert lab.left() == ([], [], [f"{lab.project}/data/set.zip"])
-
-
-def test_files_outside_the_folder_stay(lab: Lab, tmp_path: Path) -> None:
-    lab.full_task("inside", "folder")
-    precious = tmp_path / "precious.bin"
-    precious.write_text("precious")
-    (lab.folder / "link.bin").symlink_to(precious)
-    (lab.folder / "way out").symlink_to(tmp_path)
-    lab.model(lab.task("through a link"), f"file://{lab.folder}/link.bin")
-    outside = []
-    for path in (precious, f"{lab.folder}/../precious.bin", f"{lab.folder}/way out/precious.bin"):
-        outside.append(lab.task(f"by {path}"))
-        lab.model(outside[-1], f"file://{path}")
-    outside.append(lab.task("without file://"))
-    lab.model(outside[-1], str(precious))
-    done = lab.run(*DELETE, "--folder", lab.folder)
-    assert done.returncode == 1
-    assert lab.tasks() == outside
-    assert done.stdout.count("is not below a --folder") == 2 * 4
-    assert precious.read_text() == "precious"
-    assert not (lab.folder / "link.bin").is_symlink()
 
 
 def test_a_user_without_home_and_without_permission_to_delete(lab: Lab) -> None:
@@ -367,43 +400,35 @@ def test_a_user_without_home_and_without_permission_to_delete(lab: Lab) -> None:
         for path in (lab.folder, *lab.folder.rglob("*")):
             path.chmod(0o555)
         user = ["setpriv", "--reuid=54321", "--clear-groups"] if root else []
-        command = ["env", "-u", "HOME", *user, sys.executable, *CLEANUP, lab.project, *DELETE, "--folder", folder]
+        command = ["env", "-u", "HOME", *user, sys.executable, *CLEANUP, lab.project, "--delete", "--yes", "--folder"]
         keys = {"CLEARML_API_ACCESS_KEY": lab.server.access_key, "CLEARML_API_SECRET_KEY": lab.server.secret_key}
         environment = {**lab.machine.environment, **keys, "CLEARML_API_HOST": lab.server.api_url}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, folder], env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1, done.stdout + done.stderr
-        assert "cannot write: forbidden" in done.stdout
+        assert "cannot delete: forbidden" in done.stdout
         assert lab.left() == before
-
-
-def test_an_object_that_is_still_there_was_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.Folder, "_remove", lambda *_: None)
-    (tmp_path / "model.bin").touch()
-    with pytest.raises(storage.StorageError, match="was deleted, but is still there"):
-        storage.Folder(str(tmp_path)).delete(str(tmp_path / "model.bin"))
 
 
 # --- kill -9, and what changes meanwhile -----------------------------------------------------------------------------
 def test_kill_9_at_any_step_leaves_nothing_that_the_next_run_does_not_find(lab: Lab) -> None:
     """Each run is killed one change later than the one before, and goes on with what that one has left.
 
-    The changes: a probe in each of two stores is written and deleted, three objects, two folders, the record.
+    The changes: four objects, one of them in no record, two folders, the record.
     """
-    task = lab.task("victim")
+    task = lab.task("victim", output_dest=lab.gcs.uri())
+    lab.put(f"victim.{task}/artifacts/unrecorded.bin", "gcs")
     for store in ("s3", "folder"):
         lab.model(task, lab.put(f"victim.{task}/models/model.bin", store))
     lab.image(task, lab.put(f"victim.{task}/metrics/image.png"))
     step, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
         step += 1
-        code = lab.run(*DELETE, "--folder", lab.folder, STEP=str(step), ACTION="kill").returncode
+        machine = replace(lab.machine, variables={**lab.machine.variables, "STEP": str(step), "ACTION": "kill"})
+        code = machine.run(*HOOKED, lab.project, "--delete", "--yes", "--folder", lab.folder).returncode
         assert lab.tasks() or not lab.objects(), "the record goes last"
         assert len(lab.models()) == 2 * len(lab.tasks())
-        if step <= 5:
-            assert len(lab.objects()) == (4 if step in (2, 4) else 3), "objects go after all probes"
-    assert code == 0
-    assert step > 8
-    assert lab.left() == GONE
+    assert (code, lab.left()) == (0, GONE)
+    assert step > 4
     assert not [*lab.folder.rglob("victim*")]
 
 
@@ -415,7 +440,7 @@ def test_a_task_that_changes_after_it_was_listed_stays(lab: Lab) -> None:
         lab.server.tasks[changed[0]]["status"] = "published"
         lab.server.tasks[changed[1]]["system_tags"] = []
 
-    said = lab.disturb(1, change)
+    said = lab.disturb(1, change, code=0)
     assert lab.tasks() == changed
     assert len(lab.objects()) == 8
     assert re.search(f"^left .*{changed[0]}.*it is published", said, re.MULTILINE)
@@ -437,16 +462,16 @@ def test_what_dies_in_the_middle_is_no_loss_and_the_next_run_goes_on(tmp_path: P
                 time.sleep(0.02)
             store.stop()
 
-        said = lab.disturb(4, lose_the_store)  # a probe was written and deleted, and one object is being deleted
+        said = lab.disturb(2, lose_the_store)  # one object is being deleted
         assert len(re.findall("^left .*no answer", said, re.MULTILINE)) == 3
         store.start()
         assert lab.tasks() == tasks
         assert len(lab.objects()) == 3 * 4 + 1 - 1
-        said = lab.disturb(8, server.stop)  # that task is gone, the next one's probe is about to be written
-        assert said.count("no answer to tasks.delete") == 2, "the third task is not even tried"
+        said = lab.disturb(6, server.stop)  # that task is gone, the next one's first object is about to be deleted
+        assert said.count("left ") == said.count("no answer to tasks.delete") == 1, "the third task is not even tried"
         assert len(lab.objects()) == 4
         server.start()
-        assert re.search(f"{tasks[1]}.* 5 already gone", lab.delete())
+        assert re.search(f"{tasks[1]}.* 5 missing objects", lab.delete())
         assert lab.left() == GONE
     server.stop()
 
@@ -470,42 +495,38 @@ def test_an_output_that_takes_nothing_costs_the_doctor_nothing_and_ends_the_clea
     assert (doctor.communicate()[1], doctor.returncode) == ("", 1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--project-name x --delete", "--yes"),
-        ("--project-name x --older-than -1", "not between"),
-        ("--project-name x --older-than nan", "not between"),
-        ("--project-name x --folder /does/not/exist", "no folder"),
-        ("--project-name x --folder /", "no folder"),
-        ("", "--project-name"),
-    ],
-)
-def test_wrong_use_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, words: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["cleanup", *arguments.split()])
+def test_wrong_use_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
-    with pytest.raises(SystemExit) as ended:
-        cleanup.parse_args()
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    for arguments, words in {
+        "--project-name x --delete": "--yes",
+        "--project-name x --older-than -1": "not between",
+        "--project-name x --older-than nan": "not between",
+        "--project-name x --folder /does/not/exist": "no folder",
+        "--project-name x --folder /": "no folder",
+        "": "--project-name",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["cleanup", *arguments.split()])
+        with pytest.raises(SystemExit, match="2"):
+            cleanup.parse_args()
+        assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_task_or_a_project_or_a_server_it_says_so(lab: Lab) -> None:
-    assert "0 archived tasks" in lab.delete()
+    assert "0 archived tasks, unchanged for more than 1 day\n" in lab.delete("--older-than", "1")
     lab.project = "no such.project"
-    done = lab.run()
-    assert (done.returncode, done.stdout) == (2, "")
+    done = lab.run(code=2)
+    assert done.stdout == ""
     assert done.stderr == "clearml_client.cleanup: error: no project 'no such.project' on the server\n"
     (lab.machine.home / "clearml.conf").unlink()
-    done = lab.run()
-    assert done.returncode == 1
-    assert done.stderr.startswith("clearml_client.cleanup: error: no ClearML server: no server is configured")
+    error = lab.run(code=1).stderr
+    assert error.startswith("clearml_client.cleanup: error: no ClearML server: no server is configured")
 
 
-@pytest.mark.parametrize(("answer", "code"), [("no\n", 1), ("\x04", 1), ("yes\n", 0)])
-def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: int) -> None:
+ANSWERS = [("no\n", 1, "Nothing was deleted."), ("\x04", 1, "stopped; the same"), ("yes\n", 0, "Left: 0 tasks.")]
+
+
+@pytest.mark.parametrize(("answer", "code", "words"), ANSWERS)
+def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: int, words: str) -> None:
     for number in range(3):
         lab.task(f"task {number}")
     ours, theirs = pty.openpty()
@@ -524,5 +545,5 @@ def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: i
     shown = text.decode()
     assert "To delete: 3 tasks" in shown.partition("[yes/no]")[0]
     assert len(lab.tasks()) == (3 if code else 0)
-    assert ("tasks:   0%" in shown) == (code == 0)
-    assert ("Nothing was deleted." in shown) == (code == 1)
+    assert ("deleted:   0%" in shown) == (code == 0)
+    assert words in shown

@@ -7,6 +7,8 @@ import os
 import pwd
 import re
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,15 @@ GOOD = f'api {{ api_server: "http://127.0.0.1:1", credentials {{ access_key: "Ä
 BRACKET = (
     f'sdk.aws.s3.credentials: [ {{ host: "store:9000", key: "KEYKEYKEY", secret: "{SECRET}", secure: false }}\n{GOOD}'
 )
-BROKEN: dict[str, tuple[bytes | None, str]] = {
+BROKEN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "a bracket forgotten": (BRACKET.encode(), "line 1: syntax error"),
     "a quote forgotten": (f'api {{ api_server: "http://h:1\n}}\n{GOOD}'.encode(), "syntax error"),
     "UTF-16": (GOOD.encode("utf-16"), "byte order mark"),
     "a byte order mark": (GOOD.encode("utf-8-sig"), "byte order mark"),
     "Latin-1": (GOOD.encode("latin-1"), "is no text in UTF-8"),
-    "a variable that is set nowhere": (f"a: ${{NO_SUCH_VARIABLE}}\n{GOOD}".encode(), "set nowhere?"),
-    "a folder": (None, "is a folder, not a file"),
+    "a variable that is set nowhere": (f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "a bracket, or is ${NO_SUCH} set nowhere?"),
+    "a folder": (Path.mkdir, "is no file but a folder"),
+    "a pipe": (os.mkfifo, "is no file but a pipe"),  # as of <(command); a look would empty it, or wait for ever
     "empty": (b"", "says nothing"),
     "only a comment": (b"# nothing yet\n\n", "says nothing"),
     "a number": (b"api: 5", "api is no section"),  # these two parse, and are no reason for an offline run
@@ -57,18 +60,28 @@ def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it
 ) -> None:
     content, words = BROKEN[kind]
     path = here.home / "clearml.conf"
-    if content is None:
-        path.mkdir()
-    else:
+    if isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(RunError, match=re.escape(words)) as refusal:
+    else:
+        content(path)
+    with pytest.raises(RunError) as refusal:
         configuration.check()
-    assert str(path) in str(refusal.value)
+    said = refusal.value.whole()
+    assert words in said
+    assert str(path) in said
     sdk.forget_settings()
     configuration.check(offline=True)
     printed, errors = capsys.readouterr()
     assert f"ClearML: without clearml.conf, because {path}" in printed
-    assert SECRET not in str(refusal.value) + printed + errors
+    assert SECRET not in said + printed + errors
+
+
+def test_a_warning_that_became_an_error_is_named(here: Machine) -> None:
+    """As with PYTHONWARNINGS=error; clearml.conf is well."""
+    (here.home / "clearml.conf").write_text(GOOD)
+    warnings.simplefilter("error")
+    with pytest.raises(RunError, match=r"^a warning .* made an error: \w+DeprecationWarning: '\w+' deprecated"):
+        configuration.check()
 
 
 @pytest.mark.parametrize(
@@ -124,16 +137,100 @@ def test_blanks_and_quotes_around_variables_do_not_count(here: Machine) -> None:
     assert "AWS_PROFILE" not in os.environ
 
 
-def test_a_secret_is_hidden_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", f"{TOKEN}\n")
-    monkeypatch.setenv("CLEARML_API_ACCESS_KEY", "AKIA0123456789ABCD")
-    quoted = "a-token%2Fthat%2Bnobody%20may%20see"
-    for text in (TOKEN, repr(f"{TOKEN}\n"), f"Invalid header value b'{TOKEN}\\n'", quoted):
-        assert "nobody" not in errors.redact(f"the store said {text}")
-    assert errors.redact("key AKIA0123456789ABCD") == "key ...ABCD"
-    assert errors.redact('near secret_key: "unknown-to-us", {') == 'near secret_key: "***", {'
-    assert errors.redact("https://me:hunter2@host/x") == "https://***@host/x"
-    assert errors.redact("http://me:p@ss@host/a@b") == "http://***@host/a@b"
+OLD = {"TRAINS_API_HOST": "http://h:1", "TRAINS_API_ACCESS_KEY": "a key", "TRAINS_API_SECRET_KEY": "a secret"}
+BY_TOKEN = {"CLEARML_API_HOST": "http://h:1", "CLEARML_AUTH_TOKEN": "a token"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "host", "credentials"),
+    [
+        (OLD, "TRAINS_API_HOST", "TRAINS_API_ACCESS_KEY, .*; TRAINS_API_SECRET_KEY, "),
+        (OLD | {"CLEARML_API_HOST": "http://h:1"}, "CLEARML_API_HOST", "TRAINS_API_ACCESS_KEY, "),
+        (BY_TOKEN, "CLEARML_API_HOST", "CLEARML_AUTH_TOKEN, "),
+    ],
+)
+def test_the_variable_that_the_sdk_uses_is_used_and_named(
+    here: Machine, variables: dict[str, str], host: str, credentials: str
+) -> None:
+    os.environ |= variables
+    assert configuration.why_offline() == ""
+    assert configuration.setting(configuration.HOST) == "http://h:1"
+    assert configuration.origin(configuration.HOST).startswith(f"{host}, ")
+    assert re.match(credentials, configuration.credentials_origin())
+
+
+def test_half_a_server_is_no_reason_to_be_offline(here: Machine) -> None:
+    os.environ["CLEARML_AUTH_TOKEN"] = "a token"
+    with pytest.raises(RunError, match=r"half a ClearML configuration, api.api_server .* missing"):
+        configuration.why_offline()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"the store said {TOKEN}", "the store said ***"),
+        (f"Invalid header value b'{TOKEN}\\n'", "Invalid header value b'***'"),
+        ("a-token%2Fthat%2Bnobody%20may%20see", "***"),
+        ("key AKIA0123456789ABCD", "key ...ABCD"),
+        ('near secret_key: "unknown-to-us", {', 'near secret_key: "***", {'),
+        ("https://me:hunter2@host/x", "https://***@host/x"),
+        ("http://me:p@ss@host/a@b", "http://***@host/a@b"),
+        (
+            '{"id": 1, "key": "-----BEGIN PRIVATE KEY-----\\nMII/9+\\n-----END PRIVATE KEY-----\\n"}',
+            '{"id": 1, "key": "***\\n"}',
+        ),
+        ("got -----BEGIN RSA PRIVATE KEY-----\nMII", "got ***"),  # cut off
+        ("error when retrieving credentials from custom-process: access denied for t0ken\nbye", None),
+        (
+            "said 'wrong', user=wrong&x /home/wrong.conf wrongly not-wrong",
+            "said '***', user=***&x /home/wrong.conf wrongly not-wrong",
+        ),
+    ],
+)
+def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch, text: str, shown: str | None) -> None:
+    """A word, which is a weak secret, only where it stands alone."""
+    variables = {"AWS_SESSION_TOKEN": f"{TOKEN}\n", "CLEARML_API_ACCESS_KEY": "AKIA0123456789ABCD"}
+    for name, value in {**variables, "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
+        monkeypatch.setenv(name, value)
+    shown = shown or "error when retrieving credentials from custom-process: ***"
+    assert errors.redact(text) == shown
+    assert errors.redact(f"{shown}; the cure") == f"{shown}; the cure"
+
+
+def test_what_a_credential_process_prints_is_no_sign() -> None:
+    error = OSError("Error when retrieving credentials from custom-process: access denied")
+    error.__cause__ = error  # and a circle of causes has an end
+    assert errors.diagnose(error).words != errors.DENIED
+
+
+@pytest.mark.parametrize(
+    ("uv", "folder", "module", "script"),
+    [
+        (True, "project", "uv run -m a.b x", "uv run s.py"),
+        (True, "other", "uv run --directory {project} -m a.b x", "uv run --project {project} s.py"),
+        (False, "project", "{python} -m a.b x", "{python} s.py"),
+        (False, "other", "cd {project} && {python} -m a.b x", "{python} s.py"),
+    ],
+)
+def test_a_command_is_one_that_the_user_can_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uv: bool, folder: str, module: str, script: str
+) -> None:
+    project, python = tmp_path / "project", tmp_path / "project/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(0o755)
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(errors, "ROOT", project)
+    monkeypatch.setattr(sys, "prefix", str(project / ".venv"))
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path / folder)
+    if uv:
+        (tmp_path / "uv").touch(0o755)
+    said = errors.command("-m", "a.b", "x"), errors.command("s.py")
+    assert said == tuple(text.format(project=project, python=python) for text in (module, script))
+    monkeypatch.setenv("PATH", str(python.parent))  # the environment is active
+    assert errors.command("s.py", "a b") == "python s.py 'a b'"
+    assert errors.command("clearml-task") == str(python.with_name("clearml-task"))  # which is not there
 
 
 def test_a_home_that_cannot_be_written_has_a_cure(machine: Machine, tmp_path: Path) -> None:
@@ -151,7 +248,8 @@ def test_no_home_has_that_cure_too(here: Machine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", dict[int, str]().__getitem__)
     monkeypatch.chdir(here.home)
-    with pytest.raises(RunError, match=r"no home folder.*CLEARML_CACHE_DIR"):
+    with pytest.raises(RunError, match="no home folder") as refusal:
         configuration.check_cache()
+    assert "CLEARML_CACHE_DIR" in refusal.value.cure
     assert configuration.display_path("/a/path") == "/a/path"
     assert list(here.home.iterdir()) == []

@@ -15,27 +15,13 @@ from torchvision import datasets
 
 import clearml_client
 import pytorch_mnist
+from clearml_client import checkpoint
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> argparse.Namespace:
     """What the script makes of these arguments. In this process: it is the start of a process that takes seconds."""
     monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", *map(str, arguments)])
-    return pytorch_mnist.parse_args()[0]
-
-
-def train_at_a_terminal(machine: Machine, *arguments: object) -> tuple[str, str]:
-    """What a run printed, and what the terminal saw that its stderr is."""
-    terminal, far_end = os.openpty()
-    process = machine.start("pytorch_mnist.py", *arguments, stderr=far_end)
-    os.close(far_end)
-    seen = b""
-    with suppress(OSError):  # EIO: the last writer has gone
-        while True:
-            seen += os.read(terminal, 4096)
-    os.close(terminal)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, seen.decode()
-    return printed, seen.decode()
+    return checkpoint.parse_args(pytorch_mnist.make_parser())[0]
 
 
 def test_an_epoch_learns_and_its_progress_bar_stays_at_the_terminal(
@@ -43,30 +29,47 @@ def test_an_epoch_learns_and_its_progress_bar_stays_at_the_terminal(
 ) -> None:
     """All of its session, brought to a server, is looked at in test_web_ui.py."""
     machine.whole = True
-    printed, seen = train_at_a_terminal(machine, "--epochs", 1)
+    terminal, far_end = os.openpty()
+    process = machine.start("pytorch_mnist.py", "--epochs", 1, stderr=far_end)
+    os.close(far_end)
+    seen = ""
+    with suppress(OSError):  # EIO: the last writer has gone
+        while True:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+    os.close(terminal)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, seen
+    assert re.search(r"\r *\d+%\|.*/469 \[", seen), seen
     assert printed.startswith("ClearML: offline session, because no server is configured")
     (line,) = EPOCH.findall(printed)
     accuracy = float(line[4])
     assert accuracy >= 98.5
-    assert f"Test accuracy {line[4]}% after 1 epoch, " in printed
+    assert f"\nTest accuracy {line[4]}%\n" in printed
     model = machine.outputs("model.pt")
-    assert f"Model: {model.relative_to(machine.home)}" in printed
+    assert f"\nModel: {model.relative_to(machine.home)}\n" in printed
+    assert {path.name for path in model.parent.iterdir()} == {"model.pt", "mistakes.png", "predictions.csv"}
     assert evaluate(model) == pytest.approx(accuracy, abs=0.005)
-    assert re.search(r"\r *\d+%\|.*/469 \[", seen), seen
 
     task, _, console = read_session(machine.session())
+    assert model.parent.name == task["id"]
     local = {"data_dir", "output_dir", "offline", "queue", "resume"}  # they say nothing on another machine
     assert task["hyperparams"]["Args"].keys() == vars(asked(monkeypatch)).keys() - local
     assert EPOCH.findall(console) == [line]
     assert not re.search(r"\d%\||\r|\x1b", console)
 
 
+OPTIONS = """
+    project-name task-name tags output-uri offline queue epochs batch-size test-batch-size lr momentum weight-decay
+    seed device log-interval data-dir dry-run output-dir resume
+"""
+
+
 def test_help_is_a_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         asked(monkeypatch, "--help")
     page = capsys.readouterr().out
-    for option in ("--project-name", "--output-uri", "CLEARML_OUTPUT_URI", "--dry-run", "(default: 3)"):
-        assert option in page
+    assert set(re.findall(r"^  (--[\w-]+)", page, re.MULTILINE)) == {f"--{option}" for option in OPTIONS.split()}
+    assert "(default: 3)" in page
     assert len(page.splitlines()) <= 60  # a screen and a half
 
 

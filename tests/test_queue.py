@@ -5,6 +5,7 @@ installs nothing: an installation would be three gigabytes.
 """
 
 import importlib
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from reading import stored_curves
 from stores import Rclone
 
 import pytorch_mnist
-from clearml_client.agent import check_repository
+from clearml_client.agent import ask_git, check_repository, exclude_lock_from_diff, requirements
 from clearml_client.errors import RunError
 
 NOT_PUSHED = "git commit --quiet --allow-empty --message 'of today'"
@@ -212,6 +214,15 @@ def wait_for(something: Callable[[], object], run: Run | None = None) -> None:
 # --- what is refused here, before anything exists ---------------------------------------------------------------------
 PICTURES = "data/MNIST/raw/t10k-images-idx3-ubyte.gz"
 MANY_CHANGES = "yes '# a comment' | head -n 50000 >> pyproject.toml"
+PULL_REQUEST = f"{NOT_PUSHED}; git push -q origin HEAD:refs/pull/1/merge; git update-ref refs/remotes/pull/1/merge HEAD"
+
+
+def test_a_checkout_as_cloned_or_of_a_tag_is_well(checkout: Path) -> None:
+    check_repository(checkout / "pytorch_mnist.py")
+    shell(
+        checkout, f"{NOT_PUSHED} --message 'of a tag'", "git push -q origin HEAD:refs/tags/v2; git checkout -q --detach"
+    )
+    check_repository(checkout / "pytorch_mnist.py")
 
 
 @pytest.mark.parametrize(
@@ -219,17 +230,56 @@ MANY_CHANGES = "yes '# a comment' | head -n 50000 >> pyproject.toml"
     [
         ("git remote remove origin", "has no remote, from which an agent gets it", "git remote add origin URL"),
         (NOT_PUSHED, "is not pushed: an agent cannot get it", "git push"),
-        ("rm -rf .git", "is in no git repository, from which an agent gets it", "commit, push"),
+        (PULL_REQUEST, "is not pushed: an agent cannot get it", "git push"),
+        (f"{NOT_PUSHED}; git remote set-url origin /no", "git ls-remote in .*'/no' does not appear to be a git", ""),
+        ("rm -rf .git", "git rev-parse in .*: not a git repository", "commit, push"),
         (MANY_CHANGES, "bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
         (f"echo | gzip > {PICTURES}", "cannot apply uncommitted changes of binary files", "commit and push them"),
     ],
 )
 def test_what_an_agent_could_not_run_is_refused(checkout: Path, spoil: str, words: str, cure: str) -> None:
-    check_repository(checkout / "pytorch_mnist.py")  # as cloned it is well
     shell(checkout, spoil)
     with pytest.raises(RunError, match=words) as refused:
         check_repository(checkout / "pytorch_mnist.py")
     assert cure in refused.value.cure
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words", "cure"),
+    [
+        ("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1", "dubious ownership", "git config --global --add safe.directory {}"),
+        ("PATH", "/nowhere", "there is no git here", "install git"),
+    ],
+)
+def test_why_git_does_not_answer(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str, cure: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=words) as refused:
+        check_repository(checkout / "pytorch_mnist.py")
+    assert refused.value.cure == cure.format(checkout)
+
+
+@pytest.mark.parametrize(("count", "key"), [("", 0), ("none", 0), ("2", 2)])
+def test_the_lock_is_no_change(checkout: Path, monkeypatch: pytest.MonkeyPatch, count: str, key: int) -> None:
+    """Also where the variable in which git counts them says something else."""
+    given = {f"GIT_CONFIG_{part}_{number}": "a.b" for number in range(2) for part in ("KEY", "VALUE")}
+    monkeypatch.setattr(os, "environ", {**os.environ, **given, "GIT_CONFIG_COUNT": count})
+    shell(checkout, "echo '# what uv adds' >> uv.lock")
+    exclude_lock_from_diff()
+    assert os.environ[f"GIT_CONFIG_KEY_{key}"] == "diff.pins.textconv"
+    assert ask_git(checkout, "diff", "HEAD") == ""
+
+
+def test_the_packages_that_an_agent_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pyproject.toml names them, with the versions that are here, and what the storage needs."""
+    monkeypatch.setattr("clearml_client.agent.ROOT", tmp_path)
+    assert requirements("gs://bucket") == []
+    groups = 'base = ["torch", "a-package; sys_platform == \'none\'"]\nclient = ["tqdm>=4", {include-group = "base"}]'
+    (tmp_path / "pyproject.toml").write_text(f"[dependency-groups]\n{groups}\n")
+    own = [f"tqdm=={version('tqdm')}", f"torch=={version('torch')}"]
+    assert sorted(requirements()) == sorted(own)
+    assert sorted(requirements("gs://b")) == sorted([*own, f"google-cloud-storage=={version('google-cloud-storage')}"])
 
 
 def test_a_module_that_git_does_not_track_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

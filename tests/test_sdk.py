@@ -5,21 +5,21 @@ import inspect
 import clearml.utilities.resource_monitor
 import pytest
 from clearml import Task
-from clearml.storage.helper import StorageHelper, _Boto3Driver
+from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 from clearml.utilities.check_updates import CheckPackageUpdates
+from clearml_server import ClearMLServer
 
 from clearml_client import sdk
 
 NAMES = [
-    (sdk.config_obj, "_config"),
-    (sdk.Session, "_offline_mode"),
+    (sdk.config_obj, "set_config_impl"),
     (sdk.Session, "_session_timeout"),
     (sdk.Session, "get_api_server_host"),
     (sdk.Session, "get_app_server_host"),
-    (StorageHelper, "_s3_configurations"),
     (StorageHelper, "_canonize_url"),
     (_Boto3Driver, "_get_boto_resource_kwargs_from_config"),
-    (Task, "_get_output_destination_suffix"),
+    (_HttpDriver, "get_file_server_hosts"),
+    (Task, "_at_exit"),
     (clearml.utilities.resource_monitor, "gpustat"),
     (CheckPackageUpdates, "_package_version_checked"),
 ]
@@ -35,8 +35,18 @@ def test_the_session_takes_its_retries() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
-def test_settings_can_be_read_and_changed() -> None:
+def test_settings_can_be_read_changed_and_forgotten() -> None:
+    sdk.forget_settings()
     before = sdk.setting("sdk.aws.s3.use_credentials_chain", None)
     sdk.put("sdk.aws.s3.use_credentials_chain", "changed")
     assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
-    sdk.put("sdk.aws.s3.use_credentials_chain", before)
+    sdk.forget_settings()
+    assert sdk.setting("sdk.aws.s3.use_credentials_chain", None) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_call_arrives_though_the_server_was_restarted_with_another_secret(stand_in: ClearMLServer) -> None:
+    keys = {"api_key": stand_in.access_key, "secret_key": stand_in.secret_key}
+    session = sdk.Session(host=stand_in.api_url, http_retries_config={"total": 1}, **keys)
+    stand_in.renew_secret()
+    assert session.send_request("projects", "get_all", json={}).status_code == 200

@@ -109,7 +109,7 @@ def test_the_model_arrives(
     (key,) = [key for key in new if "/models/" in key]
     folder = key.removesuffix("models/model.pt")
     assert folder.endswith(f".{task}/")
-    assert {path.removeprefix(folder).split("/")[0] for path in new} == {"models", "artifacts", "metrics"}
+    assert {path.removeprefix(folder).split("/")[0] for path in new} == {"models", "artifacts"}
     content = place.get(key) if isinstance(place, Store) else (place / key).read_bytes()
     assert content == machine.outputs("model.pt").read_bytes()
     (model,) = [model["uri"] for model in stand_in.models.values() if model["task"] == task]
@@ -122,12 +122,13 @@ def test_the_model_arrives(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
-def test_a_listing_is_whole_or_says_why_not(rclone: Rclone, gcs: FakeGCS, tmp_path: Path) -> None:
+def test_a_listing_is_whole_or_says_why_not(gcs: FakeGCS, tmp_path: Path) -> None:
+    rclone = Rclone(tmp_path / "store")
     folder, names = rclone.folder / "data/models/list/deep", [f"list/deep/{number}" for number in range(1001)]
     folder.mkdir(parents=True)
     for name in names:  # more than a page
         (folder.parent.parent / name).touch()
-    with closing(rclone.client()) as s3, closing(gcs.client()) as google:
+    with rclone, closing(rclone.client()) as s3, closing(gcs.client()) as google:
         places = {bucket: storage.S3(rclone.uri(), s3, bucket=bucket) for bucket in ("models", "nonesuch")}
         assert sorted(places["models"].list("list/")) == sorted(names)
         assert places["models"].list("nothing/") == storage.GCS("", google.bucket("models")).list("nothing/") == []

@@ -1,6 +1,7 @@
 """What makes the training fast, held as mechanisms: times are for benchmarks/compare.py."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,36 +25,29 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set is the first 512 test images, and nobody makes a DataLoader: it is one tensor, and needs no workers."""
-    images, labels = pytorch_mnist.load_mnist(ROOT / "data", "t10k")
-    monkeypatch.setattr(pytorch_mnist, "load_mnist", lambda *_: (images[:512], labels[:512]))
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)
+def train(monkeypatch: pytest.MonkeyPatch, batch_size: int, log_interval: int) -> tuple[int, list[float]]:
+    """Train an epoch on the first 512 test images. Return how many values were read, and the reported rates."""
+    values: dict[str, list[float]] = {"train batch": [], "OneCycleLR": []}
+    logger = SimpleNamespace(report_scalar=lambda title, series, value, step: values[series].append(value))
+    monkeypatch.setattr("pytorch_mnist.Logger.current_logger", lambda: logger)
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # the set is one tensor, and needs no workers
+    images, labels = (tensor[:512] for tensor in pytorch_mnist.load_mnist(ROOT / "data", "t10k"))
+    args = Namespace(lr=0.1, momentum=0.9, weight_decay=0, batch_size=batch_size, log_interval=log_interval)
+    parts = pytorch_mnist.build(args, torch.device("cpu"), steps=-(-512 // batch_size))
+    with Reads() as reads:
+        pytorch_mnist.train(args, parts, images, labels, 1, shift=1)
+    assert len(values["train batch"]) == len(values["OneCycleLR"])
+    return reads.count, values["OneCycleLR"]
 
 
-def training(batch_size: int) -> pytorch_mnist.Training:
-    args = Namespace(device="cpu", data_dir=ROOT, epochs=1, dry_run=False, lr=0.1, momentum=0.9, weight_decay=0, seed=1)
-    args.batch_size, args.test_batch_size = batch_size, 100
-    return pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
+def test_no_step_waits_for_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read are the loss of each step that is reported, here the first and the last, and that of the epoch."""
+    for batch_size in (256, 32, 8):
+        assert train(monkeypatch, batch_size, log_interval=1000)[0] <= 3
+    assert train(monkeypatch, 8, log_interval=16)[0] >= 5, "it does not count"
 
 
-def test_no_step_waits_for_a_value() -> None:
-    reads = []
-    for batch_size in (256, 32):
-        case = training(batch_size)
-        assert (case.images.dtype, case.images.shape) == (torch.uint8, (512, 28, 28))
-        with Reads() as mode:
-            losses, rates, _ = case.epoch()
-        assert len(losses) == len(rates) == 512 // batch_size
-        reads.append(mode.count)
-    assert reads[0] == reads[1] <= 1
-    with Reads() as mode:
-        torch.ones(1).item()
-    assert mode.count == 1, "it does not count"
-
-
-def test_the_rate_rises_and_falls_in_five_steps_too() -> None:
-    _, rates, _ = training(103).epoch()
+def test_the_rate_rises_and_falls_in_five_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rates = train(monkeypatch, 103, log_interval=1)
     assert len(rates) == 5
     assert rates[0] < rates[1] > rates[2] > rates[3] > 1000 * rates[4]

@@ -21,7 +21,6 @@ def hook(event: str, args: tuple[Any, ...]) -> None:
     global changes
     changed = event in ("os.remove", "os.rmdir") and "/disk/" in str(args[0])
     changed |= event == "http.client.send" and isinstance(args[1], bytes) and bool(request.match(args[1]))
-    changed |= event == "open" and ".cleanup-probe" in str(args[0]) and "w" in str(args[1])
     if not changed:
         return
     with lock:
