@@ -13,8 +13,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from clearml import Task
 
@@ -133,7 +134,13 @@ class Watcher:
             del self.earlier[signal.SIGHUP]
         self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         self.listen()
-        os.register_at_fork(after_in_child=self.leave_child_alone)
+        self.process, self.earlier_hook, sys.excepthook = os.getpid(), sys.excepthook, self.quiet_hook
+        # Until a child has handlers of its own, a signal to it would come to this process's socket.
+        block, unblock = (
+            partial(signal.pthread_sigmask, how, SIGNALS) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
+        )
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self.leave_child_alone)
+        os.register_at_fork(after_in_child=unblock)
         threading.Thread(target=self.watch, daemon=True, name="guard").start()
 
     def listen(self, _: int = 0, frame: FrameType | None = None) -> None:
@@ -159,6 +166,11 @@ class Watcher:
             signal.set_wakeup_fd(-1)
             for number, earlier in self.earlier.items():
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else earlier)
+
+    def quiet_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Say nothing of a connection to this process that breaks in a worker: the run ends, and has its own line."""
+        if os.getpid() == self.process or not issubclass(kind, (ConnectionError, EOFError)):
+            self.earlier_hook(kind, error, trace)
 
     def close(self) -> None:
         self.open = False
