@@ -37,6 +37,8 @@ class Stopped(KeyboardInterrupt):
 class Ending:
     """The one end of a run. Who says it first decides how it ends."""
 
+    last_resort: threading.Timer | None = None
+
     def __init__(self) -> None:
         self.checkpoint: Path | None = None  # to go on from
         self.used = False  # by a guard
@@ -51,12 +53,18 @@ class Ending:
         if not self.saying.acquire(blocking=False):
             return False
         self.code, self.status, self.reason = code, status, one_line(what, 1000)
-        last_resort = threading.Timer(seconds, abandon, [code])
-        last_resort.daemon = True
-        last_resort.start()
+        self.last_resort = threading.Timer(seconds, abandon, [code])
+        self.last_resort.daemon = True
+        self.last_resort.start()
         with suppress(OSError, ValueError):
             print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
         return True
+
+    def reset(self) -> None:
+        """Forget the run: a notebook goes on, and may have another one."""
+        if self.last_resort:
+            self.last_resort.cancel()
+        self.__init__()  # type: ignore[misc]
 
     def saved(self) -> str:
         """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""

@@ -66,8 +66,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         try:
             self.prepare()
         except BaseException as error:
-            ending.unwinding.set()
-            end_early(error, self.given)
+            self.leave(error)
         for handler in logging.getLogger("clearml").handlers:
             handler.addFilter(self.lost)
         return self
@@ -86,10 +85,19 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             else:
                 clearml_client.finished_in = outermost_frame()
                 if in_notebook():
-                    ending.__init__()  # type: ignore[misc]  # the process goes on, and may have another run
+                    ending.reset()
                 return
+        self.leave(error)
+
+    def leave(self, error: BaseException) -> None:
+        """End a run that is not complete."""
         ending.unwinding.set()
-        end_early(error, self.output_uri or self.given, self.lost.messages)
+        try:
+            end_early(error, self.output_uri or self.given, self.lost.messages)
+        finally:
+            if in_notebook():
+                self.watcher.close()
+                ending.reset()
 
     def prepare(self) -> None:
         """Raise RunError for whatever the run would fail of, in less than a minute whatever is silent."""
@@ -122,6 +130,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             agent.check_queue(self.queue)
             agent.check_repository(SCRIPT)
         own = "" if Task.running_locally() else task_at_agent().output_uri
+        if own and self.given not in ("", own):
+            print(f"Storage: the task's own output destination wins over --output-uri {self.given}")
         with explained(doctor=True):
             uri = own or self.given or storage.default_target()[0] or storage.file_server()
         self.output_uri = self.check_storage(uri)
