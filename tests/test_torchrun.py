@@ -46,7 +46,11 @@ def test_two_processes_train_as_one_does(begin: Begin, machine: Machine, online:
 
 @pytest.mark.parametrize(
     ("killed", "number", "status"),
-    [("rank 1", signal.SIGKILL, "failed"), ("torchrun", signal.SIGINT, "stopped")],
+    [
+        ("rank 1", signal.SIGKILL, "failed"),
+        ("torchrun", signal.SIGTERM, "failed"),
+        ("torchrun", signal.SIGINT, "stopped"),
+    ],
 )
 def test_the_end_of_one_process_ends_all(
     begin: Begin, online: ClearMLServer, patched: Path, killed: str, number: int, status: str
