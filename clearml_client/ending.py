@@ -214,7 +214,10 @@ class Watcher:
             self.own_signals -= 1
         elif number in SIGNALS:
             words = "aborted in the web UI" if ending.aborted else SIGNALS[signal.Signals(number)]
-            if ending.say(words, 128 + number, "stopped", seconds=8):
+            # By SIGTERM torchrun ends the other processes of a run of which one has failed.
+            failed = words == "terminated" and "TORCHELASTIC_RUN_ID" in os.environ
+            words += " by torchrun" * failed
+            if ending.say(words, 128 + number, "failed" if failed else "stopped", seconds=8):
                 self.stop_main_thread()
 
     def stop_main_thread(self) -> None:
