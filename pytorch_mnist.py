@@ -9,9 +9,8 @@
 Without a ClearML server it trains all the same, and records a ClearML offline session. On 2 CPU
 cores it reaches 99.5 % in a quarter of a minute.
 
-To make it yours, replace the part on PyTorch. Every call of ClearML stands here. `guard` and
-`checkpoint` are in clearml_client/: server and storage are checked before the training, and the
-uploaded model after it. Without them this is a plain ClearML script.
+To make it yours, replace the part on PyTorch. `guard` and `checkpoint` come from clearml_client/:
+they check server and storage first, and the uploaded model last. The rest is plain ClearML.
 """
 
 import gzip
@@ -79,8 +78,9 @@ def load_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
             socket.setdefaulttimeout(10)  # for a mirror that does not answer
             MNIST(folder, download=True)
         pixels, digits = (bytearray(gzip.decompress(file.read_bytes())) for file in files)
-        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16).view(-1, 28, 28)
-        return images, torch.frombuffer(digits, dtype=torch.uint8, offset=8).long()
+        labels = torch.frombuffer(digits, dtype=torch.uint8, offset=8).long()
+        images = torch.frombuffer(pixels, dtype=torch.uint8, offset=16)
+        return images.view(len(labels), 28, 28), labels
     except (OSError, EOFError, RuntimeError, zlib.error) as error:
         sys.exit(f"no MNIST in {raw}: {files[0].name}, {files[1].name}: {error}; see {DATA}")
 
@@ -110,14 +110,13 @@ def build(args: Namespace, device: torch.device, steps: int) -> dict[str, Any]:
 def train(
     args: Namespace, parts: dict[str, Any], images: Tensor, labels: Tensor, epoch: int, shift: int
 ) -> float:
-    """Train for one epoch. Return the mean loss of its batches."""
+    """Train for one epoch, on images that are on the device as a whole. Return the mean loss."""
     net, optimizer, schedule = parts.values()
     logger = Logger.current_logger()
     net.train()
-    # The images are on the device as a whole: to index them is faster than a DataLoader.
     batches = torch.randperm(len(images)).to(images.device).split(args.batch_size)
     total = torch.zeros((), device=images.device)
-    terminal = os.fdopen(2, "w", closefd=False)  # ClearML records what goes to sys.stderr
+    terminal = os.fdopen(2, "w", closefd=False)  # sys.stderr would be ClearML's console, too
     bar = tqdm(batches, leave=False, disable=None, file=terminal)
     for step, batch in enumerate(bar, (epoch - 1) * len(batches) + 1):
         pixels = augment(normalise(images[batch]), shift)
@@ -153,7 +152,7 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
     images, labels = load_mnist(args.data_dir, "train")
     test_images, test_labels = load_mnist(args.data_dir, "t10k")
     low, high = torch.cat([labels, test_labels]).aminmax()
-    if not 0 <= low <= high < len(CLASSES):
+    if low < 0 or high >= len(CLASSES):
         sys.exit(f"labels {low} to {high}, but there are {len(CLASSES)} CLASSES")
     count, epochs = (args.batch_size, 1) if args.dry_run else (len(images), args.epochs)
     images, labels = images[:count].to(device), labels[:count].to(device)
@@ -224,8 +223,8 @@ def report_results(
     colours = [(0, "white"), (1 / top, "gold"), (1 - 1 / top, "red"), (1, "lightgrey")]
     z = (mistakes + top * torch.eye(count)).numpy()
     axes = {"xaxis": "prediction", "yaxis": "label", "xlabels": CLASSES, "ylabels": CLASSES}
-    look = {"text": hits.tolist(), "texttemplate": "%{text}", "zmin": 0, "zmax": top}
-    look |= {"colorscale": colours, "xaxis": {"dtick": 1}}
+    look: dict[str, Any] = {"text": hits.tolist(), "texttemplate": "%{text}", "colorscale": colours}
+    look |= {"zmin": 0, "zmax": top, "xaxis": {"dtick": 1}}
     look |= {"yaxis": {"dtick": 1, "autorange": "reversed"}}
     logger.report_confusion_matrix("confusion matrix", "test", z, step, extra_layout=look, **axes)
     precision = (correct / hits.sum(dim=0)).nan_to_num()  # 0 where there is none
@@ -242,9 +241,9 @@ def report_results(
     path = folder / "mistakes.png"
     save_image(nn.functional.interpolate(cells, scale_factor=3), path, nrow=count, padding=0)
     task.upload_artifact("mistakes", path, wait_on_upload=True)
-    url = task.artifacts["mistakes"].url  # without it, the picture would go to the file server
-    where = {"local_path": str(path)} if task.is_offline() else {"url": url}
-    logger.report_image("mistakes", "test", step, **where)
+    # By its address: report_image alone would upload to the ClearML file server.
+    at = {"local_path": str(path)} if task.is_offline() else {"url": task.artifacts["mistakes"].url}
+    logger.report_image("mistakes", "test", step, **at)
     path, header = folder / "predictions.csv", "index,label,prediction,confidence"
     columns = np.column_stack([np.arange(len(labels)), labels, predicted, confidence])
     np.savetxt(path, columns, "%d,%d,%d,%.6f", header=header, comments="")
@@ -262,19 +261,18 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--offline", action="store_true", help="record an offline session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue to send the run to")
     parser.add_argument("--epochs", type=number(int, 1), default=3, help="passes over the data")
-    parser.add_argument("--batch-size", type=number(int, 2), default=128, help="training images")
-    parser.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="test images")
+    parser.add_argument("--batch-size", type=number(int, 2, 9999), default=128, help="for training")
+    parser.add_argument("--test-batch-size", type=number(int, 1), default=1000, help="for testing")
     parser.add_argument("--lr", type=number(float, 1e-9), default=0.3, help="peak learning rate")
     parser.add_argument("--momentum", type=number(float, 0, 0.999), default=0.9, help="for SGD")
-    parser.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="for SGD")
+    parser.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="L2 penalty")
     parser.add_argument("--seed", type=number(int, 0), default=1, help="seed of all randomness")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto: the best one here")
     parser.add_argument("--log-interval", type=number(int, 1), default=100, help="in batches")
     parser.add_argument("--data-dir", type=Path, default=DATA, help="MNIST, downloaded if missing")
     parser.add_argument("--dry-run", action="store_true", help="train one batch only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for local files")
-    resume = "checkpoint to go on from, in the same task; without PATH: the newest one"
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH", help=resume)
+    parser.add_argument("--resume", nargs="?", const="", help="checkpoint to go on from, or newest")
     return parser
 
 

@@ -14,7 +14,7 @@ from clearml import Task
 from clearml_client.ending import ending
 from clearml_client.errors import RunError, one_line
 
-CHANGEABLE = {"resume", "offline", "queue", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run
+CHANGEABLE = {"offline", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run, which keeps them if not
 PATIENCE = 5  # seconds for ClearML to send what it has to report
 flushing: threading.Thread | None = None
 
@@ -51,9 +51,10 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     file, and the guard removes it once the run is complete. Raise RunError.
     """
     flush_reports()
-    fixed = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
+    given = {name: value for name, value in vars(args).items() if name not in ("resume", "queue")}
+    given |= {name: str(value.absolute()) for name, value in given.items() if isinstance(value, Path)}
     states = {name: part.state_dict() for name, part in parts.items()}
-    content = {"args": fixed, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
+    content = {"args": given, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
     save_atomically(content, path)
     ending.checkpoint = path
 
@@ -102,7 +103,7 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     args = parser.parse_args()
     check_device(parser, args)
     for name, value in began.items():
-        if getattr(args, name, value) != value:
+        if name not in CHANGEABLE and getattr(args, name, value) != value:
             parser.error(f"argument --resume: --{name.replace('_', '-')} was {value}, and cannot change now")
     return args, progress
 

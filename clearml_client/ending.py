@@ -13,7 +13,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType, TracebackType
 
 from clearml import Task
 
@@ -25,6 +27,7 @@ STOPS |= {"SIGXCPU": "out of CPU time"}  # the last three are what batch systems
 SIGNALS = {getattr(signal, name): words for name, words in STOPS.items() if hasattr(signal, name)}
 LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
 SCRIPT = Path(sys.argv[0])
+OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,9 +37,12 @@ class Stopped(KeyboardInterrupt):
 class Ending:
     """The one end of a run. Who says it first decides how it ends."""
 
+    last_resort: threading.Timer | None = None
+
     def __init__(self) -> None:
         self.checkpoint: Path | None = None  # to go on from
         self.used = False  # by a guard
+        self.task: Task | None = None  # the run's, also when it is closed
         self.aborted = False  # in the web UI
         self.unwinding = threading.Event()  # the main thread is on its way out
         self.saying, self.settling = threading.Lock(), threading.Lock()
@@ -47,12 +53,18 @@ class Ending:
         if not self.saying.acquire(blocking=False):
             return False
         self.code, self.status, self.reason = code, status, one_line(what, 1000)
-        last_resort = threading.Timer(seconds, abandon, [code])
-        last_resort.daemon = True
-        last_resort.start()
+        self.last_resort = threading.Timer(seconds, abandon, [code])
+        self.last_resort.daemon = True
+        self.last_resort.start()
         with suppress(OSError, ValueError):
             print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
         return True
+
+    def reset(self) -> None:
+        """Forget the run: a notebook goes on, and may have another one."""
+        if self.last_resort:
+            self.last_resort.cancel()
+        self.__init__()  # type: ignore[misc]
 
     def saved(self) -> str:
         """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""
@@ -62,7 +74,8 @@ class Ending:
 
     def settle(self) -> None:
         """Give the task its status by public calls: the SDK's own way out sets another, and may wait for ever."""
-        if not self.settling.acquire(blocking=False) or not (task := Task.current_task()):
+        task = Task.current_task() or self.task
+        if not self.settling.acquire(blocking=False) or not task:
             return
         with suppress(Exception):  # the line is said, and the server may be what failed
             if task.is_offline():
@@ -129,14 +142,24 @@ class Watcher:
             del self.earlier[signal.SIGHUP]
         self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         self.listen()
-        os.register_at_fork(after_in_child=self.leave_child_alone)
+        self.process, self.earlier_hook, sys.excepthook = os.getpid(), sys.excepthook, self.quiet_hook
+        # Until a child has handlers of its own, a signal to it would come to this process's socket.
+        block, unblock = (
+            partial(signal.pthread_sigmask, how, SIGNALS) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
+        )
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self.leave_child_alone)
+        os.register_at_fork(after_in_child=unblock)
         threading.Thread(target=self.watch, daemon=True, name="guard").start()
 
-    def listen(self, *_: object) -> None:
-        """Handle a signal in the main thread. The watcher has it already, and says when to stop."""
+    def listen(self, _: int = 0, frame: FrameType | None = None) -> None:
+        """Handle a signal in the main thread. The watcher has it already, and says when to stop.
+
+        Not in the guard's own first and last steps, which would not catch what is raised here.
+        """
         for number in self.earlier:  # again: Task.init has handlers of its own
             signal.signal(number, self.listen)
-        if self.raising:
+        names = {each.f_code.co_qualname for each, _ in traceback.walk_stack(frame)}
+        if self.raising and not (names & OWN_STEPS and not names & INTERRUPTIBLE):
             self.raising = False  # once: what runs then must not be interrupted
             raise Stopped
 
@@ -152,6 +175,11 @@ class Watcher:
             for number, earlier in self.earlier.items():
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else earlier)
 
+    def quiet_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Say nothing of a connection to this process that breaks in a worker: the run ends, and has its own line."""
+        if os.getpid() == self.process or not issubclass(kind, (ConnectionError, EOFError)):
+            self.earlier_hook(kind, error, trace)
+
     def close(self) -> None:
         self.open = False
         signal.set_wakeup_fd(self.earlier_fd)
@@ -160,7 +188,6 @@ class Watcher:
         self.sender.close()
 
     def watch(self) -> None:
-        task: Task | None = None
         call, since = "", 0.0
         while True:
             try:
@@ -173,7 +200,8 @@ class Watcher:
                 call, since = now, time.monotonic()
             elif call and time.monotonic() - since > LIMITS[call]:
                 ending.hang(f"Task.{call} waits for the ClearML server", LIMITS[call])
-            if not task and not call and (task := Task.current_task()):
+            if not ending.task and not call and (task := Task.current_task()):
+                ending.task = task
                 self.interrupt()  # to listen again
                 if not task.is_offline():
                     task.register_abort_callback(self.abort)
@@ -191,11 +219,13 @@ class Watcher:
         while call_in_main_thread() == "init" and time.monotonic() < deadline:
             time.sleep(0.1)  # half made, a task could not be marked as stopped
         self.raising = True
-        self.interrupt()
-        if not ending.unwinding.wait(2):
-            ending.settle()
-            atexit._run_exitfuncs()
-            abandon(ending.code)
+        for _ in range(20):
+            self.interrupt()
+            if ending.unwinding.wait(0.1):
+                return
+        ending.settle()
+        atexit._run_exitfuncs()
+        abandon(ending.code)
 
     def abort(self) -> None:
         """Be the SDK's callback, after which it would kill the process."""

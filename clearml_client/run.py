@@ -20,8 +20,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from clearml import Task
 
 import clearml_client
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.ending import SCRIPT, Watcher, ending, limit
+from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, limit
 from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -66,8 +66,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         try:
             self.prepare()
         except BaseException as error:
-            ending.unwinding.set()
-            end_early(error, self.given)
+            self.leave(error)
         for handler in logging.getLogger("clearml").handlers:
             handler.addFilter(self.lost)
         return self
@@ -86,10 +85,19 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             else:
                 clearml_client.finished_in = outermost_frame()
                 if in_notebook():
-                    ending.__init__()  # type: ignore[misc]  # the process goes on, and may have another run
+                    ending.reset()
                 return
+        self.leave(error)
+
+    def leave(self, error: BaseException) -> None:
+        """End a run that is not complete."""
         ending.unwinding.set()
-        end_early(error, self.output_uri or self.given)
+        try:
+            end_early(error, self.output_uri or self.given, self.lost.messages)
+        finally:
+            if in_notebook():
+                self.watcher.close()
+                ending.reset()
 
     def prepare(self) -> None:
         """Raise RunError for whatever the run would fail of, in less than a minute whatever is silent."""
@@ -113,7 +121,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             self.output_uri = self.check_storage(self.given) if self.given else ""
             return
         with explained(doctor=True, more="; or go without: --offline"):
-            server.ping()
+            server.session()  # it answers, and the keys are good
             server.web_page()  # which Task.init prints
         if self.resume and not self.resume.startswith("offline-"):
             self.task_id = self.resume
@@ -122,6 +130,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             agent.check_queue(self.queue)
             agent.check_repository(SCRIPT)
         own = "" if Task.running_locally() else task_at_agent().output_uri
+        if own and self.given not in ("", own):
+            print(f"Storage: the task's own output destination wins over --output-uri {self.given}")
         with explained(doctor=True):
             uri = own or self.given or storage.default_target()[0] or storage.file_server()
         self.output_uri = self.check_storage(uri)
@@ -183,8 +193,11 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                 # An agent, and not this process, completes a task that it runs.
                 if Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
                     raise RunError(f"the ClearML server has the task as {status}")
+        if not ending.saying.acquire(blocking=False):
+            raise Stopped  # by a signal that came before; one that comes now is too late
         if ending.checkpoint:
-            ending.checkpoint.unlink(missing_ok=True)  # nothing is left to resume
+            with suppress(OSError):  # if it stays, the task refuses to be resumed
+                ending.checkpoint.unlink()
         if self.stored:
             print(f"Stored: {self.stored}")
         print(last)
@@ -286,8 +299,11 @@ def raised_in_library(error: BaseException) -> bool:
     return inside and not isinstance(error, MISTAKES)
 
 
-def end_early(error: BaseException, output_uri: str) -> None:
-    """Say what happened, give the task its status, and leave with the exit code."""
+def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -> None:
+    """Say what happened, give the task its status, and leave with the exit code.
+
+    `lost`: what the SDK logged. Of an upload that fails, it raises no more than "Upload failed".
+    """
     target = ["--output-uri", output_uri] if output_uri else []
     find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
     code = getattr(error, "code", 1)
@@ -304,7 +320,7 @@ def end_early(error: BaseException, output_uri: str) -> None:
     elif isinstance(error, OSError) and error.errno in FULL_DISK:
         ending.say(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", 1, "failed")
     elif type(error).__name__ == "OutOfMemoryError" or raised_in_library(error):
-        ending.say(f"error: {one_line(error, 1000)}", 1, "failed")
+        ending.say(f"error: {one_line(': '.join([str(error), *lost[:1]]), 1000)}", 1, "failed", find * bool(lost))
     else:
         traceback.print_exception(error)
         ending.say(f"error: {type(error).__name__}, see above", 1, "failed")

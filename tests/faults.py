@@ -1,6 +1,6 @@
 """The catalogue of faults: for each row of the README's table "What happens when …" what provokes it, and what is said.
 
-FAULTS are those of the set-up: server, configuration, storage. test_faults.py provokes each once, and asks the script,
+FAULTS are those of the set-up: configuration, server, storage. test_faults.py provokes each once, and asks the script,
 the doctor and, where the fault has words for it, the clean-up. What happens in the middle of a run has tests of its own
 there, each with its `row`. ELSEWHERE are the rows that other modules show.
 """
@@ -18,6 +18,7 @@ from conftest import ROOT, Machine, Run, silent
 from stores import S3Store, SeaweedFS, Store
 
 Test = TypeVar("Test", bound=Callable[..., object])
+DOCTOR = "-m clearml_client.doctor"
 
 
 # --- what the README says ---------------------------------------------------------------------------------------------
@@ -36,6 +37,8 @@ class Promise:
         assert "Traceback" not in run.stdout + run.stderr
         for words in self.words:
             assert words.format(**places) in run.line.replace(places.get("home", "~"), "~")
+        # The doctor is named where it can tell more, and nowhere else.
+        assert (DOCTOR in run.stderr) == any(DOCTOR in words for words in self.words), run.stderr
 
 
 ROWS: list[tuple[str, Promise]] = []  # the name of the test that shows it, and the row
@@ -44,7 +47,7 @@ ROWS: list[tuple[str, Promise]] = []  # the name of the test that shows it, and 
 def row(
     beginning: str, code: int = 1, *words: str, status: str = "", within: int | None = None
 ) -> Callable[[Test], Test]:
-    """Marks a test as one that shows this row of the table."""
+    """Mark a test as one that shows this row of the table."""
 
     def mark(test: Test) -> Test:
         ROWS.append((test.__name__, Promise(row=beginning, code=code, words=words, status=status, within=within)))
@@ -54,7 +57,7 @@ def row(
 
 
 def promise_of(test: str, beginning: str = "", code: int | None = None) -> Promise:
-    """The test's row; the one that begins like this, or has this exit code, where there are several."""
+    """Return the test's row; where it has several, the one that begins like this, or has this exit code."""
     rows = [promise for name, promise in ROWS if name == test and promise.row.startswith(beginning)]
     (promise,) = [promise for promise in rows if code in (None, promise.code)]
     return promise
@@ -159,7 +162,7 @@ class Fault(Promise):
 
 def no_answer(provoke: Provoke, check: str, finds: str, cure: str, within: int = 15) -> Fault:
     what = "no answer from the ClearML API server {url}"
-    words = (what, "--offline", "clearml_client.doctor")
+    words = (what, "--offline", DOCTOR)
     others = Others(f"server: {check}", finds, cure, what)
     return Fault(row="the ClearML server is down", words=words, within=within, provoke=provoke, others=others)
 
@@ -168,20 +171,20 @@ def wrong_key(provoke: Provoke, origin: str) -> Fault:
     new = "; new ones: {web}/settings/workspace-configuration)"
     finds = rf"access key \.\.\.-key and its secret are not accepted.*\[{origin}"
     others = Others("server: keys", finds, "make new credentials", f"the ClearML server refused.*{origin}")
-    words = ("the ClearML server refused", f"(credentials: {origin}{new}")
+    words = ("the ClearML server refused", f"(credentials: {origin}{new}", DOCTOR)
     return Fault(row="the access or secret key is wrong", words=words, provoke=provoke, others=others)
 
 
 def wrong_file(provoke: Provoke, words: tuple[str, ...], check: str, finds: str, cure: str) -> Fault:
     others = Others(f"configuration: {check}", finds, cure, f"error: .*{'.*'.join(map(re.escape, words))}")
-    return Fault(row="clearml.conf is a folder", words=words, provoke=provoke, others=others)
+    return Fault(row="clearml.conf is a folder", words=(*words, DOCTOR), provoke=provoke, others=others)
 
 
 def no_storage(provoke: Provoke, says: str, check: str, finds: str, cure: str, cleanup: str = "") -> Fault:
     """`says` is what the store itself says."""
-    words = ("error: no storage at {target}: ", says, "-m clearml_client.doctor --output-uri {target}")
+    words = ("error: no storage at {target}: ", says, f"{DOCTOR} --output-uri {{target}}")
     others = Others(f"storage: {check}", finds, cure, cleanup)
-    return Fault(row="the storage is missing", words=words, status="failed", within=15, provoke=provoke, others=others)
+    return Fault(row="the storage is missing", words=words, within=10, provoke=provoke, others=others)
 
 
 SECRET = ClearMLServer.secret_key
@@ -189,7 +192,7 @@ FILE = "api.credentials.{}_key, ~/clearml.conf".format
 HALF = "half a ClearML configuration"
 IGNORED = "ClearML ignores ~/.clearml.conf"
 READER = dict(zip(("key", "secret"), SeaweedFS.READER, strict=True))
-MISSING = ("bucket", "nonesuch: no such bucket", "make the bucket, or correct its name")
+MISSING = ("bucket", "no such bucket", "make the bucket, or correct its name")
 WAIT = "check host, port and firewall"
 LISTED_AND_LEFT = "; stays: .*no answer.*\n(.*\n)*left .*no answer"
 
@@ -199,7 +202,7 @@ FAULTS: dict[str, Fault] = {
     "a silent server": no_answer(silent_server, "API", "time-out", WAIT, within=30),
     "the web UI": Fault(
         row="something else answers at its address",
-        words=("no ClearML API server at {url}", "the web UI answers there", "clearml_client.doctor"),
+        words=("no ClearML API server at {url}", "the web UI answers there", DOCTOR),
         provoke=server_at("{web}"),
         others=Others("server: API", "the web UI", "port 8008", "error: no ClearML API server at {url}"),
     ),
@@ -294,8 +297,8 @@ ELSEWHERE = {
         "test_queue.py::test_what_an_agent_could_not_run_is_refused",
         "test_queue.py::test_a_queue_without_a_name_or_a_server_is_wrong_use",
     ],
-    "one of torchrun's processes dies": ["test_ranks.py::test_a_rank_that_is_killed_fails_the_run"],
-    "torchrun's processes have other arguments": ["test_ranks.py::test_ranks_with_other_arguments_are_refused"],
+    "torchrun starts": ["test_torchrun.py::test_without_the_patch_it_is_refused"],
+    "one of torchrun's": ["test_torchrun.py::test_the_end_of_one_process_ends_all"],
 }
 
 

@@ -1,68 +1,237 @@
-"""The package beside the example: copied, it works; its imports go one way; what it holds of every run."""
+"""The package, copied beside the script of its README: how that script ends, and what the modules may use."""
 
 import ast
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
+from typing import Any
 
+import psutil
 import pytest
-from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from clearml_server import ClearMLServer, Doc
+from conftest import ROOT, Machine, Run
 from stores import Rclone, free_port
 
 PACKAGE = ROOT / "clearml_client"
 
-FIVE_LINES = """
-import sys
-import clearml_client
-clearml_client.prepare_environment()
-from clearml import Task
-from clearml_client import run
+# Each module imports only those that come after it.
+ORDER = [
+    *("doctor", "cleanup", "arguments", "checkpoint", "run", "ending", "agent"),
+    *("storage", "server", "configuration", "errors", "sdk", "__init__"),
+]
+Write = Callable[..., Path]
 
-@run.guarded
-def main():
-    with run.starting():
-        task = Task.init("a project", "a task", auto_connect_frameworks=False)
-    storage = run.prove_storage(task, sys.argv[1])
-    exec(sys.argv[2])
-    run.finish(task)
 
-main()
-"""
-
-# What each module may import of the package. "" is its __init__.
-ARROWS = {
-    "errors": set(),
-    "sdk": set(),
-    "configuration": {"", "sdk", "errors"},
-    "server": {"sdk", "configuration", "errors"},
-    "storage": {"sdk", "server", "configuration", "errors"},
-    "agent": {"sdk", "server", "configuration", "errors"},
-    "ranks": {"errors"},
-    "run": {"sdk", "server", "storage", "configuration", "errors", "agent", "ranks"},
-    "arguments": {"storage", "errors", "ranks"},
-    "checkpoint": {"run", "errors", "arguments", "ranks"},
-    "doctor": {"", "sdk", "server", "storage", "configuration", "errors"},
-    "cleanup": {"", "sdk", "server", "storage", "configuration", "errors"},
-    "__init__": set(),
-}
+PLACES = {"top": "from pathlib", "above": "def main", "block": "        model = "}  # before what more code goes
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Path:
-    """A script that trains nothing, with the package beside it."""
+def write(tmp_path: Path) -> Write:
+    """Write the README's script, with more code at some places, beside a copy of the package."""
     shutil.copytree(PACKAGE, tmp_path / "elsewhere/clearml_client")
-    (tmp_path / "elsewhere/script.py").write_text(FIVE_LINES)
-    return tmp_path / "elsewhere/script.py"
+
+    def write(below: str = "", **more: str) -> Path:
+        (text,) = re.findall("```python\n(.*?)```", (PACKAGE / "README.md").read_text(), re.DOTALL)
+        for place, code in more.items():
+            before, found, after = text.partition(PLACES[place])
+            depth = "        " if place == "block" else ""
+            text = f"{before}{indent(code, depth)}\n{found}{after}"
+        (tmp_path / "elsewhere/script.py").write_text(text + below)
+        return tmp_path / "elsewhere/script.py"
+
+    return write
 
 
-def imports(path: Path) -> set[str]:
-    """The modules of the package that a module of it imports."""
+def last_task(server: ClearMLServer) -> Doc:
+    return list(server.tasks.values())[-1]
+
+
+# --- what a script of one's own gets ----------------------------------------------------------------------------------
+def test_copied_it_works(write: Write, machine: Machine, stand_in: ClearMLServer, tmp_path: Path) -> None:
+    """With a server and a store, and without."""
+    offline = machine.run(write())
+    assert offline.returncode == 0, offline.everything
+    assert machine.session().exists()
+    with Rclone(tmp_path / "store") as store:
+        target = f'sdk.development.default_output_uri: "{store.uri("x")}"'
+        machine.configure(stand_in.configuration(), store.clearml_conf(), target)
+        done = machine.run(write())
+        assert done.returncode == 0, done.everything
+        (key,) = store.keys()
+        assert store.get(key) == (machine.home / "line.pt").read_bytes()
+    task = last_task(stand_in)
+    assert (task["status"], task["name"]) == ("completed", "own task")
+    assert task["hyperparams"]["General"]["lr"]["value"] == "0.1"
+    losses = [event for event in stand_in.events[task["id"]].values() if event["metric"] == "loss"]
+    assert [event["iter"] for event in losses] == [0, 1, 2]
+
+
+ATEXIT = "import atexit; atexit.register(print, 'atexit: {}')"
+STOP = """import os, signal, threading
+threading.Timer(0.3, os.{kill}, [os.getpid(), signal.{name}]).start()
+while True:
+    for _ in loader:
+        pass"""
+ENDINGS = {
+    "the end": ("pass", 0, "completed", ""),
+    "exit 0": ("raise SystemExit(0)", 0, "completed", ""),
+    "exit 3": ("raise SystemExit(3)", 3, "failed", "error: the script left with sys.exit(3)"),
+    "exit with words": ("raise SystemExit('words')", 1, "failed", "error: words"),
+    "a mistake": ("1 / 0", 1, "failed", "error: ZeroDivisionError, see above"),
+    "nested": ("with run.guard(): pass", 1, "failed", "run.guard was used before in this process"),
+    "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: cannot write a file: No space left"),
+}
+for name, words in {
+    "SIGINT": "interrupted",
+    "SIGTERM": "terminated",
+    "SIGHUP": "hung up",
+    "SIGUSR1": "stopped by SIGUSR1",
+    "SIGXCPU": "out of CPU time",
+}.items():
+    for kill in ("kill", "killpg") if name == "SIGINT" else ("kill",):
+        stop = STOP.format(kill=kill, name=name)
+        ENDINGS[f"{kill} {name}"] = (stop, 128 + signal.Signals[name], "stopped", words)
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_every_end_is_true_and_leaves_nothing(
+    write: Write, machine: Machine, stand_in: ClearMLServer, case: str
+) -> None:
+    """Two workers live when it comes; `atexit` runs, also what was registered before the package was imported."""
+    code, number, status, words = ENDINGS[case]
+    machine.configure(stand_in.configuration())
+    run = Run(machine.start(write(top=ATEXIT.format("early"), block=f"{ATEXIT.format('late')}\n{code}")))
+    run.process.wait(timeout=120)
+    left = processes_of_session(run.process.pid)
+    assert run.end() == number, run.everything
+    assert not left, run.everything
+    said = [line for line in run.stderr.splitlines() if line.startswith("script.py: ")]
+    assert len(said) == bool(words), run.everything
+    assert words in run.stderr
+    assert ("Traceback" in run.stderr) == (case == "a mistake"), run.everything
+    assert "atexit: late" in run.stdout
+    assert "atexit: early" in run.stdout
+    assert last_task(stand_in)["status"] == status
+
+
+def processes_of_session(number: int) -> list[list[str]]:
+    """List the command lines of what lives on, and end it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+                process.kill()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("below", "code", "words"),
+    [
+        ("print('below the block')", 0, ""),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("raise SystemExit(4)", 4, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("main()", 1, "run.guard was used before in this process, and a process has one run"),
+    ],
+)
+def test_below_the_block_the_process_is_the_scripts(
+    write: Write, machine: Machine, below: str, code: int, words: str
+) -> None:
+    machine.variables["PYTHONHASHSEED"] = "0"  # a process of its own, whose end is an interpreter's
+    run = machine.run(write(below=below, top=ATEXIT.format("early")))
+    assert run.returncode == code, run.everything
+    assert "atexit: early" in run.stdout
+    assert (run.stderr.splitlines() or [""])[-1] == words
+    assert ("below the block" in run.stdout) == (code == 0)
+
+
+def test_a_signal_to_a_child_is_the_childs(write: Write, machine: Machine) -> None:
+    """However early it comes: a child that is forked begins with what the guard has set for its own process."""
+    code = """import multiprocessing, subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+child.terminate()
+codes = {child.wait()}
+for _ in range(20):
+    child = multiprocessing.Process(target=time.sleep, args=[600])
+    child.start()
+    child.terminate()
+    child.join()
+    codes.add(child.exitcode)
+print("ended by", codes)"""
+    run = machine.run(write(block=code))
+    assert run.returncode == 0, run.everything
+    assert "ended by {-15}" in run.stdout
+
+
+def test_copied_it_fails_fast(write: Write, machine: Machine, stand_in: ClearMLServer) -> None:
+    machine.configure(stand_in.configuration().replace(stand_in.api_url, f"http://127.0.0.1:{free_port()}"))
+    run = machine.run(write())
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("script.py: error: no answer from the ClearML API server")
+    assert "clearml_client.doctor" in line
+
+
+def test_copied_the_doctor_is_there(write: Write, machine: Machine) -> None:
+    command = [sys.executable, "-m", "clearml_client.doctor", "--only", "configuration"]
+    done = subprocess.run(command, cwd=write().parent, env=machine.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ok       configuration: cache folder" in done.stdout
+
+
+# --- what waits for ever ----------------------------------------------------------------------------------------------
+LIMIT = "from clearml_client.ending import LIMITS, limit; import ctypes, time\n"
+STACKS = "where each thread stands is in "
+HANGS = {
+    "a thread that waits": ("block", "with limit(1, 'a'): time.sleep(600)", f"error: a: no answer for 1 s; {STACKS}"),
+    "the interpreter's lock held": ("above", "with limit(1, 'a'): ctypes.PyDLL(None).sleep(600)", "Timeout (0:00:11)!"),
+    "Task.init": ("above", "LIMITS['init'] = 2", "error: Task.init waits for the ClearML server: no answer for 2 s; "),
+}
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_a_hang_ends_with_the_stacks_of_all_threads(
+    write: Write, machine: Machine, stand_in: ClearMLServer, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    place, code, words = HANGS[case]
+    released = threading.Event()
+    if case == "Task.init":
+        monkeypatch.setattr(stand_in, "tasks_create", lambda **_: released.wait(60) and {})
+    machine.configure(stand_in.configuration())
+    run = machine.run(write(**{place: f"{LIMIT}{code}"}))
+    released.set()
+    assert run.returncode == 1, run.everything
+    assert words in run.stderr
+    stacks = re.search(f"{STACKS}(.*)", run.stderr)
+    assert re.search("script.py.* in (main|<module>)", Path(stacks[1]).read_text() if stacks else run.stderr)
+
+
+def test_the_users_own_settings_win(write: Write, machine: Machine) -> None:
+    keys = "'api.http.retries.backoff_max', 'sdk.development.report_use_subprocess', 'sdk.aws.boto3.read_timeout', "
+    keys += "'api.http.retries.total'"
+    script = write(block=f"from clearml_client import sdk\nprint(list(map(sdk.setting, [{keys}])))")
+    run = machine.run(script)
+    assert "[10, False, None, 240]" in run.stdout, run.everything
+    machine.configure("api.http.retries { backoff_max: 77, total: 100 }", "sdk.aws.boto3.read_timeout: 300")
+    assert "[77, False, 300, 100]" in machine.run(script).stdout
+
+
+# --- what the modules may use -----------------------------------------------------------------------------------------
+def imports(tree: ast.Module) -> set[str]:
+    """Return the modules of the package that a module of it imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {"" for name in node.names if name.name == "clearml_client"}
+            found |= {"__init__" for name in node.names if name.name == "clearml_client"}
         elif isinstance(node, ast.ImportFrom) and node.module == "clearml_client":
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("clearml_client."):
@@ -70,93 +239,21 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_imports_go_one_way() -> None:
-    assert {path.stem: imports(path) for path in PACKAGE.glob("*.py")} == ARROWS
+def private(node: Any) -> bool:
+    """Tell a name of the SDK that is not public: a module below clearml, or an attribute with an underscore."""
+    if isinstance(node, ast.ImportFrom):
+        return str(node.module).startswith("clearml.")
+    if isinstance(node, ast.Import):
+        return any(name.name.startswith("clearml.") for name in node.names)
+    own = ("os", "sys", "self", "atexit")
+    is_private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+    return is_private and ast.unparse(node.value) not in own
 
 
-def test_private_names_of_the_sdk_stand_in_one_module() -> None:
-    """Whatever else imports clearml takes its public names only."""
-    for path in [*PACKAGE.glob("*.py"), ROOT / "pytorch_mnist.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            deep = isinstance(node, ast.ImportFrom) and str(node.module).startswith("clearml.")
-            deep |= isinstance(node, ast.Import) and any(name.name.startswith("clearml.") for name in node.names)
-            assert path.stem == "sdk" or not deep, f"{path}: {ast.unparse(node)}"
-
-
-def test_copied_it_works(copied: Path, machine: Machine, stand_in: ClearMLServer, tmp_path: Path) -> None:
-    with Rclone(tmp_path / "store") as store:
-        machine.configure(stand_in.configuration(), store.clearml_conf())
-        model = "open('m.pt', 'w').write('w'); a = storage.folder + '/models/m.pt'\n"
-        model += "from clearml import StorageManager; from pathlib import Path\n"
-        model += "with run.delivering(Path('m.pt'), a): StorageManager.upload_file('m.pt', a)"
-        done = machine.run(copied, store.uri("x"), model)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (key,) = store.keys()
-        assert store.get(key) == b"w"
-    task = list(stand_in.tasks.values())[-1]
-    assert (task["status"], task["name"]) == ("completed", "a task")
-
-
-SIGNAL = "import signal; signal.raise_signal(signal.{})"
-
-
-@pytest.mark.parametrize(
-    ("code", "number", "status", "words"),
-    [
-        ("raise ValueError('a defect')", 1, "failed", "error: ValueError, see above"),
-        ("raise OSError(28, 'No space left on device')", 1, "failed", "No space left on device"),
-        ("sys.exit(3)", 3, "failed", "error: the script left with sys.exit(3)"),
-        (SIGNAL.format("SIGHUP"), 129, "stopped", "hung up"),
-        (SIGNAL.format("SIGUSR1"), 138, "stopped", "stopped by SIGUSR1"),
-        (SIGNAL.format("SIGXCPU"), 152, "stopped", "out of CPU time"),
-    ],
-)
-def test_copied_it_ends_truthfully(
-    copied: Path, machine: Machine, stand_in: ClearMLServer, code: str, number: int, status: str, words: str
-) -> None:
-    machine.configure(stand_in.configuration())
-    done = machine.run(copied, machine.home / "models", code)
-    if sys.platform == "linux":  # elsewhere the signals have other numbers
-        assert done.returncode == number, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("script.py: ")]
-    assert words in line
-    assert list(stand_in.tasks.values())[-1]["status"] == status
-
-
-def test_copied_it_fails_fast(copied: Path, machine: Machine, stand_in: ClearMLServer) -> None:
-    machine.configure(stand_in.configuration().replace(stand_in.api_url, f"http://127.0.0.1:{free_port()}"))
-    done = machine.run(copied, "", "")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("script.py: error: no answer from the ClearML API server")
-    assert f"uv run --directory {copied.parent} -m clearml_client.doctor" in line
-
-
-def test_copied_the_doctor_is_there(copied: Path, machine: Machine) -> None:
-    command = [sys.executable, "-m", "clearml_client.doctor", "--only", "configuration"]
-    done = subprocess.run(command, cwd=copied.parent, env=machine.environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "ok       configuration: cache folder" in done.stdout
-
-
-@pytest.mark.parametrize("held", [False, True], ids=["a thread that waits", "the interpreter's lock held"])
-def test_a_hang_ends_with_the_stacks_of_all_threads(copied: Path, machine: Machine, tmp_path: Path, held: bool) -> None:
-    machine.variables["TMPDIR"] = str(tmp_path)
-    hang = "import ctypes; ctypes.PyDLL(None).sleep(600)" if held else "import time; time.sleep(600)"
-    done = machine.run(copied, "", f"with run.watchdog(1, 'nothing comes'): {hang}")
-    assert done.returncode == 1
-    (stacks,) = tmp_path.glob("stacks-*.txt")
-    assert "in main" in stacks.read_text()
-    if not held:
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("script.py: ")]
-        assert f"nothing comes: no answer for 1 s; where each thread stands is in {stacks}" in line
-
-
-def test_the_users_own_settings_win(copied: Path, machine: Machine) -> None:
-    keys = "'api.http.retries.backoff_max', 'sdk.development.report_use_subprocess', 'sdk.aws.boto3.read_timeout', "
-    keys += "'api.http.retries.total'"
-    code = f"from clearml_client import sdk; print(list(map(sdk.setting, [{keys}])))"
-    done = machine.run(copied, "", code)
-    assert "[10, False, None, 240]" in done.stdout, done.stdout + done.stderr
-    machine.configure("api.http.retries { backoff_max: 77, total: 100 }", "sdk.aws.boto3.read_timeout: 300")
-    assert "[77, False, 300, 100]" in machine.run(copied, "", code).stdout
+def test_imports_go_one_way_and_private_names_stand_in_one_module() -> None:
+    trees = {path.stem: ast.parse(path.read_text()) for path in [*PACKAGE.glob("*.py"), ROOT / "pytorch_mnist.py"]}
+    assert set(trees) == {*ORDER, "pytorch_mnist"}
+    for name, tree in trees.items():
+        if name in ORDER:
+            assert imports(tree) <= set(ORDER[ORDER.index(name) + 1 :]), name
+        assert [ast.unparse(node) for node in ast.walk(tree) if name != "sdk" and private(node)] == [], name

@@ -24,7 +24,6 @@ from conftest import ROOT, Begin, Machine, Run, begin_ranks, blocks, mnist
 from reading import stored_curves
 from stores import Rclone
 
-import pytorch_mnist
 from clearml_client.agent import ask_git, check_repository, exclude_lock_from_diff, requirements
 from clearml_client.errors import RunError
 
@@ -320,13 +319,10 @@ def test_untracked_files_that_the_run_does_not_use_are_named(
         (["--queue", "default", "--offline"], "argument --queue: not allowed with --offline"),
     ],
 )
-def test_a_queue_without_a_name_or_a_server_is_wrong_use(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        pytorch_mnist.parse_args()
-    assert words in capsys.readouterr().err
+def test_a_queue_without_a_name_or_a_server_is_wrong_use(machine: Machine, arguments: list[str], words: str) -> None:
+    run = machine.run("pytorch_mnist.py", *arguments)
+    assert run.returncode == 2
+    assert words in run.line
 
 
 def test_a_queue_where_no_server_is_configured_is_wrong_use(machine: Machine) -> None:

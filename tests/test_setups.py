@@ -311,7 +311,7 @@ def test_in_a_notebook_the_kernel_goes_on(machine: Machine, online: ClearMLServe
 
 def test_letters_that_did_not_arrive() -> None:
     with pytest.raises(Exception, match="LC_ALL"):
-        arguments.label(os.fsdecode("Übung".encode("latin-1")))
+        arguments.name(os.fsdecode("Übung".encode("latin-1")))
 
 
 # --- the right one is blamed ------------------------------------------------------------------------------------------
