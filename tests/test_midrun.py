@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from clearml_server import ClearMLServer, Doc
 from conftest import FEW, Begin, Machine, Run
+from reading import Report
 from stores import Rclone
 
 
@@ -120,7 +121,7 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
                 path.write_bytes(b"")
         return register(**asked)
 
-    server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[method-assign]
+    server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
     run = begin("--dry-run", "--output-uri", uri)
     assert run.end() == 1, run.everything
     assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes in place of \d+", run.line), run.line
@@ -132,14 +133,28 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
 def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
     begin: Begin, server: ClearMLServer, status: str
 ) -> None:
+    """The doctor tells of it, too."""
     project = server.projects_create("old")["id"]
     task = server.tasks_create("an old one", "training", project=project)["id"]
     server.tasks[task]["status"] = status
     before = deepcopy((server.tasks, server.models, server.events))
     run = begin("--dry-run", CLEARML_TASK_ID=task)
+    doctor = begin("clearml_client.doctor", "--json", "--only", "server", script="-m", CLEARML_TASK_ID=task)
+    found = Report(doctor.end(), doctor.stdout)["server: task"]
+    assert found.startswith(
+        f"warning: a run is not a new task, but an old one, which is {status} [CLEARML_TASK_ID, env"
+    )
     assert run.end() == 2, run.everything
     assert f"the task an old one ({task}), which CLEARML_TASK_ID names, is {status}: unset CLEARML" in run.line
     assert (server.tasks, server.models, server.events) == before
+
+
+def test_a_task_id_of_no_task(begin: Begin, server: ClearMLServer) -> None:
+    run = begin("--dry-run", CLEARML_TASK_ID="0" * 32)
+    assert run.end() == 2, run.everything
+    assert run.line.endswith(f"error: there is no task {'0' * 32}, which CLEARML_TASK_ID names: unset CLEARML_TASK_ID")
+    assert run.stderr.splitlines() == [run.line]
+    assert not server.tasks
 
 
 def test_a_task_that_was_just_created_is_used_and_its_own_destination_wins(

@@ -159,6 +159,27 @@ def test_what_is_unusual_and_right_works(machine: Machine, places: dict[str, str
     assert "repository detection" not in said  # the SDK has two lines of it at each start
 
 
+@pytest.mark.parametrize(
+    ("conf", "variables", "names"),
+    [
+        (
+            'sdk.aws.s3.credentials: [ { host: "h:1", key: "k", secret: "minioadmin" } ]',
+            {},
+            "sdk.aws.s3.credentials.secret",
+        ),
+        ("$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "AWS_SECRET_ACCESS_KEY"),
+        ("$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, ""),
+    ],
+)
+def test_a_weak_secret_is_named(
+    machine: Machine, places: dict[str, str], conf: str, variables: dict[str, str], names: str
+) -> None:
+    """A random one is not."""
+    _, said = run_case(machine, places, ((*DOCTOR, "--only", "configuration"), conf, variables, ""))
+    found = re.search("^warning +configuration: secrets +.*stands alone: (.*)$", said, re.MULTILINE)
+    assert (found[1] if found else "") == names, said
+
+
 UNTRUSTED, MISSING = "certificate not trusted", r"certificate file missing \(.*/no/such.pem"
 LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid goes without".format
 NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
