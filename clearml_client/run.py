@@ -250,10 +250,14 @@ def wait_for_server(what: str) -> None:
 
 def task_at_agent() -> Task:
     """Return the task that an agent has this process run. Raise UsageError where its id is left over."""
-    task = Task.get_task(os.environ["CLEARML_TASK_ID"])
-    named = f"the task {task.name} ({task.id}), which CLEARML_TASK_ID names"
+    variable = configuration.variable_in_use("CLEARML_TASK_ID")
+    task_id, unset = os.environ[variable], f"unset {variable}"
+    if not Task.query_tasks(task_filter={"id": [task_id]}):
+        raise UsageError(f"there is no task {task_id}, which {variable} names: {unset}")
+    task = Task.get_task(task_id)
+    named = f"the task {task.name} ({task.id}), which {variable} names"
     if task.status not in ("created", "queued", "in_progress"):
-        raise UsageError(f"{named}, is {task.status}: unset CLEARML_TASK_ID")
+        raise UsageError(f"{named}, is {task.status}: {unset}")
     print(f"ClearML: this run is {named}")
     return task
 
