@@ -123,20 +123,20 @@ def resident(pid: int) -> int:
 def loop_share(pairs: int) -> float:
     """Images per second of an epoch, over those of the bare steps on one fixed batch: median of `pairs` ratios."""
     torch.manual_seed(1)
-    args = argparse.Namespace(device="cpu", data_dir=ROOT / "data", epochs=2 * (pairs + 1), dry_run=False)
-    args.__dict__.update(seed=1, lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, test_batch_size=1000)
-    training = pytorch_mnist.Training(args, pytorch_mnist.RECIPE, {})
-    training.images, training.labels = training.images[:12800], training.labels[:12800]
-    batch, labels = pytorch_mnist.normalise(training.images[:128]), training.labels[:128]
+    args = argparse.Namespace(lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=128, log_interval=10**9)
+    parts = pytorch_mnist.build(args, torch.device("cpu"), steps=10**6)
+    images, labels = (data[:12800] for data in pytorch_mnist.load_mnist(ROOT / "data", "train"))
+    net, optimizer, _ = parts.values()
+    batch, targets = pytorch_mnist.normalise(images[:128]), labels[:128]
 
     def bare() -> None:
-        for _ in range(len(training.images) // 128):
-            training.optimizer.zero_grad()
-            functional.cross_entropy(training.net(batch), labels).backward()
-            training.optimizer.step()
+        for _ in range(len(images) // 128):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(batch), targets).backward()
+            optimizer.step()
 
-    def loop() -> None:
-        training.epoch()
+    def loop() -> None:  # not the first epoch, whose first step is reported
+        pytorch_mnist.train(args, parts, images, labels, epoch=2, shift=1)
 
     seconds: dict[str, list[float]] = {"bare": [], "loop": []}
     for _ in range(pairs + 1):  # the first pair warms up
@@ -150,12 +150,12 @@ def loop_share(pairs: int) -> float:
 def data_seconds() -> float:
     """What loading both sets and one step of training and of testing take, for the figures of `--dry-run`."""
     code = (
-        "import sys, time, pytorch_mnist as m\n"
-        "sys.argv = ['pytorch_mnist.py', '--dry-run', '--data-dir', 'data']\n"
-        "args, begun = m.parse_args()[0], time.perf_counter()\n"
-        "training = m.Training(args, m.RECIPE, {})\n"
-        "training.epoch()\n"
-        "training.test()\n"
+        "import time, torch, pytorch_mnist as m\n"
+        "args, begun = m.make_parser().parse_args([]), time.perf_counter()\n"
+        "(images, labels), (others, targets) = (m.load_mnist(m.DATA, part) for part in ('train', 't10k'))\n"
+        "parts = m.build(args, torch.device('cpu'), 10**6)\n"
+        "m.train(args, parts, images[:128], labels[:128], 2, 1)\n"
+        "m.test(args, parts['net'], others[:1000], targets[:1000])\n"
         "print(time.perf_counter() - begun)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

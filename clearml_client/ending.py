@@ -70,7 +70,10 @@ class Ending:
         """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""
         if not self.checkpoint or not Task.running_locally():
             return ""
-        return f"; saved, and to go on: {command(str(SCRIPT), '--resume', str(self.checkpoint))}"
+        script, checkpoint = SCRIPT, self.checkpoint
+        if script.parent != Path():  # as it was started from elsewhere, so it can be again
+            script, checkpoint = script.absolute(), checkpoint.absolute()
+        return f"; saved, and to go on: {command(str(script), '--resume', str(checkpoint))}"
 
     def settle(self) -> None:
         """Give the task its status by public calls: the SDK's own way out sets another, and may wait for ever."""
@@ -117,7 +120,7 @@ def limit(seconds: float, what: str) -> Iterator[None]:
     timer = threading.Timer(seconds, ending.hang, [what, seconds])
     timer.daemon = True
     timer.start()
-    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # where even the interpreter's lock is held
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)  # where even the interpreter's lock is held
     try:
         yield
     finally:
@@ -211,7 +214,10 @@ class Watcher:
             self.own_signals -= 1
         elif number in SIGNALS:
             words = "aborted in the web UI" if ending.aborted else SIGNALS[signal.Signals(number)]
-            if ending.say(words, 128 + number, "stopped", seconds=8):
+            # By SIGTERM torchrun ends the other processes of a run of which one has failed.
+            failed = words == "terminated" and "TORCHELASTIC_RUN_ID" in os.environ
+            words += " by torchrun" * failed
+            if ending.say(words, 128 + number, "failed" if failed else "stopped", seconds=8):
                 self.stop_main_thread()
 
     def stop_main_thread(self) -> None:

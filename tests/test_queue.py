@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import ROOT, Begin, Machine, Run, begin_ranks, blocks, mnist
+from conftest import ROOT, Machine, Run, blocks, mnist
 from reading import stored_curves
 from stores import Rclone
 
@@ -131,7 +131,7 @@ def test_an_agent_trains_what_was_queued(
     target = f"s3://{rclone.bucket}/queued"
     machine.variables |= {"CLEARML_OUTPUT_URI": target, **rclone.environment()}
     script = checkout / "pytorch_mnist.py"
-    script.write_text(script.read_text().replace("DIGITS = ", 'print("an uncommitted change")\nDIGITS = '))
+    script.write_text(script.read_text().replace("CLASSES = ", 'print("an uncommitted change")\nCLASSES = ', 1))
     with open(checkout / "uv.lock", "a") as lock:
         lock.write("# what uv adds\n" * 600_000)
     plain = machine.run(script, "--dry-run")
@@ -142,9 +142,7 @@ def test_an_agent_trains_what_was_queued(
         assert "an uncommitted change" in stored
         assert "what uv adds" not in stored
     assert set(parameters(online.tasks[task])) & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
-    packages = online.tasks[task]["script"]["requirements"]["pip"]
-    names = [line.partition("==")[0] for line in packages.splitlines()]
-    assert names == ["clearml", "numpy", "pillow", "python-dotenv", "torch", "torchvision", "tqdm", "boto3"]
+    assert online.tasks[task]["script"]["requirements"]["pip"].splitlines() == requirements()
     asked = parameters(online.tasks[task])
 
     shutil.move(checkout, checkout.with_name("moved"))
@@ -165,25 +163,13 @@ def test_an_agent_trains_what_was_queued(
     assert rclone.get(model["url"].removeprefix(f"s3://{rclone.bucket}/")) == trained.read_bytes()
 
 
-def test_what_torchrun_starts_an_agent_starts_so(
-    begin: Begin, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
-) -> None:
-    runs = begin_ranks(begin, 2, "--queue", "default", *ARGUMENTS, script=checkout / "pytorch_mnist.py")
-    assert [run.end() for run in runs] == [0, 0], runs[0].everything
-    task = task_of(runs[0])
-    shutil.move(checkout, checkout.with_name("moved"))
-    run = start_agent("execute", "--id", task)
-    assert run.end() == 0, run.everything
-    assert online.tasks[task]["status"] == "completed"
-    assert 'processes = "2"' in online.tasks[task]["configuration"]["setup"]["value"]
-    assert run.stdout.count("epoch 3/3") == 1
-    assert set(stored_curves(online, task)["accuracy", "test"]) == {6, 12, 18}
-
-
-def test_a_daemon_takes_one_task_after_the_other_until_it_is_stopped(
+def test_a_daemon_takes_one_task_after_the_other(
     machine: Machine, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
 ) -> None:
-    """What the clones change is what is trained, and a device that only the agent may have is not refused here."""
+    """What the clones change is what is trained, and a device that only the agent may have is not refused here.
+
+    One that is aborted in the web UI ends as stopped; queued again there, it starts from the beginning.
+    """
     queued = queue(machine, checkout, "--device", "cuda:7")
     other = clone(online, queued, device="cpu", epochs=1, lr=0.05)
     endless = clone(online, queued, device="cpu", epochs=10_000)
@@ -192,16 +178,38 @@ def test_a_daemon_takes_one_task_after_the_other_until_it_is_stopped(
         online.tasks_enqueue(task=task, queue_name="nightly")
     daemon = start_agent("daemon", "--queue", "nightly", "--foreground")
     wait_for(lambda: stored_curves(online, endless).get(("accuracy", "test")), daemon)
-    failed, completed, running = (online.tasks[task] for task in (queued, other, endless))
-    assert [task["status"] for task in (failed, completed, running)] == ["failed", "completed", "in_progress"]
-    console = "".join(event["msg"] for event in online.events[queued].values() if event["type"] == "log")
-    assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in console
+    failed, completed, aborted = (online.tasks[task] for task in (queued, other, endless))
+    assert [task["status"] for task in (failed, completed, aborted)] == ["failed", "completed", "in_progress"]
+    assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in console(online, queued)
     assert "exit code 2" in failed["status_reason"]
     assert len(stored_curves(online, other)["accuracy", "test"]) == 1
     assert max(stored_curves(online, other)["learning rate", "OneCycleLR"].values()) == pytest.approx(0.05, rel=0.2)
+
+    online.tasks_stop(task=endless)
+    wait_for(lambda: aborted["status"] != "in_progress", daemon)
+    assert aborted["status"] == "stopped", console(online, endless)
+    (line,) = [line for line in console(online, endless).splitlines() if line.startswith("pytorch_mnist.py: ")]
+    assert line == "pytorch_mnist.py: aborted in the web UI"  # with no file of the agent's
+    before = set(online.events[endless])
+    old = {name: event["timestamp"] for name, event in online.events[endless].items()}
+    aborted["hyperparams"]["Args"]["epochs"]["value"] = "2"
+    online.tasks_enqueue(task=endless, queue_name="nightly")
+    wait_for(lambda: aborted["status"] in ("completed", "failed"), daemon)
+    assert aborted["status"] == "completed", console(online, endless)
+    events = online.events[endless].items()
+    new = [event["iter"] for name, event in events if event["timestamp"] != old.get(name) and is_point(event)]
+    assert sorted(set(new)) == list(range(1, 13))
+    assert before
     daemon.process.terminate()
     daemon.end()
-    wait_for(lambda: running["status"] == "stopped")
+
+
+def is_point(event: Doc) -> bool:
+    return event["metric"] == "loss" and event["variant"] in ("train batch", "test")
+
+
+def console(server: ClearMLServer, task: str) -> str:
+    return "".join(event["msg"] for event in server.events[task].values() if event["type"] == "log")
 
 
 def wait_for(something: Callable[[], object], run: Run | None = None) -> None:
