@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -82,7 +83,8 @@ class Ending:
             return
         with suppress(Exception):  # the line is said, and the server may be what failed
             if task.is_offline():
-                task.close()
+                with redirect_stdout(StringIO()):  # nothing comes after the last line
+                    task.close()
                 return
             sdk.forget_exit_handler(task)
             server.ping()  # or the calls would wait

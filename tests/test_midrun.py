@@ -157,18 +157,21 @@ def test_a_task_id_of_no_task(begin: Begin, server: ClearMLServer) -> None:
     assert not server.tasks
 
 
-def test_a_task_that_was_just_created_is_used_and_its_own_destination_wins(
-    begin: Begin, machine: Machine, server: ClearMLServer
+@pytest.mark.parametrize("edited", ["", "/var/tmp"])
+def test_a_clone_is_used_and_its_own_destination_wins(
+    begin: Begin, machine: Machine, server: ClearMLServer, edited: str
 ) -> None:
-    """As in a clone, whose Args/output_uri was emptied."""
+    """Over Args/output_uri, which somebody has edited."""
     first = begin("--dry-run", "--output-uri", machine.home / "store")
     assert first.end() == 0, first.everything
     clone = server.tasks_clone(first.task)["id"]
-    server.tasks[clone]["hyperparams"]["Args"]["output_uri"]["value"] = ""
+    server.tasks[clone]["hyperparams"]["Args"]["output_uri"]["value"] = edited
     run = begin("--output-dir", "clone", CLEARML_TASK_ID=clone)
     assert run.end() == 0, run.everything
     name = server.tasks[clone]["name"]
     assert run.stdout.count(f"ClearML: this run is the task {name} ({clone}), which CLEARML_TASK_ID names\n") == 1
+    own = "Storage: the task's own output destination wins over --output-uri"
+    assert run.stdout.count(own) == run.stdout.count(f"{own} {edited}\n") == bool(edited), run.stdout
     assert re.search(f"^Storage: file://{machine.home}/store ", run.stdout, re.MULTILINE), run.stdout
 
 

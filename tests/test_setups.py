@@ -345,6 +345,14 @@ def test_no_file_gets_the_number_of_a_closed_stream_and_errors_are_said_on_stdou
     assert subprocess.run(shell, cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
 
 
+def test_nothing_comes_after_the_last_line_of_an_offline_run(machine: Machine) -> None:
+    with open(machine.home / "log.txt", "w") as log:
+        process = machine.start("pytorch_mnist.py", *FEW, "--offline", "--lr", 1e9, stdout=log, stderr=log)
+        assert process.wait() == 1
+    assert (machine.home / "log.txt").read_text().splitlines()[-1].startswith("pytorch_mnist.py: error: the loss is ")
+    assert machine.session().is_file()
+
+
 def test_an_interrupt_before_the_guard_is_one_line(begin: Begin, machine: Machine) -> None:
     """While torch is imported, say."""
     (machine.home / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
