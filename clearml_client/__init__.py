@@ -13,10 +13,8 @@ Two commands: `uv run -m clearml_client.doctor` and `uv run -m clearml_client.cl
 Imports go one way: doctor, cleanup, checkpoint -> run -> storage, server, agent -> configuration, errors -> sdk.
 """
 
-import atexit
 import math
 import multiprocessing
-import opcode
 import os
 import re
 import sys
@@ -24,7 +22,7 @@ import tempfile
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import dotenv
@@ -34,30 +32,12 @@ DOTENV = Path(__file__).resolve().parent.parent / ".env"
 OUTSIDE = dict(os.environ)  # what was set before .env was read
 ENVIRONMENT = re.compile("(AWS|AZURE|CLEARML|GOOGLE|TRAINS)_")
 
-finished_in: FrameType | None = None  # the outermost frame of a program whose guard has verified everything
 dotenv_problem = ""  # why .env cannot be used; configuration.check() raises it
 for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: the next file would take its number
     if getattr(sys, name) is None:
         setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         if name == "stderr":
             os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # how a run ended is said there, at least
-
-
-def leave_at_once() -> None:
-    """Be the last function of `atexit`: end the process without taking torch apart, which costs 0.8 s of CPU.
-
-    Only where the program ran to its end after a verified run, so that no other exit code gets lost.
-    """
-    frame = finished_in
-    if frame and opcode.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN"):
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(0)
-
-
-if not atexit._ncallbacks():  # what is registered first is called last
-    atexit.register(leave_at_once)
 
 
 def prepare_environment() -> None:

@@ -15,7 +15,7 @@ def number(kind: Callable[[str], float], low: float, high: float = 2**32 - 1) ->
 
     def parse(text: str) -> float:
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's message names it

@@ -46,19 +46,26 @@ class Ending:
         self.task: Task | None = None  # the run's, also when it is closed
         self.aborted = False  # in the web UI
         self.unwinding = threading.Event()  # the main thread is on its way out
-        self.saying, self.settling = threading.Lock(), threading.Lock()
+        self.claiming, self.settling = threading.Lock(), threading.Lock()
         self.code, self.status, self.reason = 0, "", ""
 
     def say(self, what: str, code: int, status: str, hint: str = "", seconds: float = 30) -> bool:
         """Print the last line, and see that the process ends in so many seconds. Return False if it was said before."""
-        if not self.saying.acquire(blocking=False):
+        if not self.claim(code, status, one_line(what, 1000)):
             return False
-        self.code, self.status, self.reason = code, status, one_line(what, 1000)
         self.last_resort = threading.Timer(seconds, abandon, [code])
         self.last_resort.daemon = True
         self.last_resort.start()
         with suppress(OSError, ValueError):
             print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
+        return True
+
+    def claim(self, code: int, status: str, reason: str) -> bool:
+        """Decide the end. Return False if it is decided."""
+        with self.claiming:
+            if self.status:
+                return False
+            self.code, self.status, self.reason = code, status, reason
         return True
 
     def reset(self) -> None:
@@ -98,7 +105,7 @@ class Ending:
         """End a run that waits for something for too long."""
         folder = self.checkpoint.parent if self.checkpoint else Path(tempfile.gettempdir())
         stacks = folder / f"stacks-{os.getpid()}.txt"
-        with open(stacks, "w") as file:
+        with suppress(OSError), open(stacks, "w") as file:  # of a full disk
             faulthandler.dump_traceback(file, all_threads=True)
         what = f"error: {what}: no answer for {seconds:g} s; where each thread stands is in {stacks}"
         if self.say(what, 1, "failed", seconds=5):
@@ -149,9 +156,7 @@ class Watcher:
         self.listen()
         self.process, self.earlier_hook, sys.excepthook = os.getpid(), sys.excepthook, self.quiet_hook
         # Until a child has handlers of its own, a signal to it would come to this process's socket.
-        block, unblock = (
-            partial(signal.pthread_sigmask, how, SIGNALS) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
-        )
+        block, unblock = partial(self.mask, signal.SIG_BLOCK), partial(self.mask, signal.SIG_UNBLOCK)
         os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self.leave_child_alone)
         os.register_at_fork(after_in_child=unblock)
         threading.Thread(target=self.watch, daemon=True, name="guard").start()
@@ -164,25 +169,33 @@ class Watcher:
         for number in self.earlier:  # again: Task.init has handlers of its own
             signal.signal(number, self.listen)
         names = {each.f_code.co_qualname for each, _ in traceback.walk_stack(frame)}
-        if self.raising and not (names & OWN_STEPS and not names & INTERRUPTIBLE):
+        in_own_steps = names & OWN_STEPS and not names & INTERRUPTIBLE
+        if self.raising and not ending.unwinding.is_set() and not in_own_steps:
             self.raising = False  # once: what runs then must not be interrupted
             raise Stopped
 
     def interrupt(self) -> None:
         """Have `listen` called in the main thread, also where it waits."""
+        if not self.open:
+            return
         self.own_signals += 1
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def mask(self, how: int) -> None:
+        if self.open:
+            signal.pthread_sigmask(how, SIGNALS)
 
     def leave_child_alone(self) -> None:
         """In a forked process, signals are its own; but Ctrl-C is this process's, which ends its workers."""
         if self.open:
             signal.set_wakeup_fd(-1)
             for number, earlier in self.earlier.items():
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else earlier)
+                # A function, which a program that the child starts does not inherit, as it would SIG_IGN.
+                signal.signal(number, (lambda *_: None) if number == signal.SIGINT else earlier)
 
     def quiet_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Say nothing of a connection to this process that breaks in a worker: the run ends, and has its own line."""
-        if os.getpid() == self.process or not issubclass(kind, (ConnectionError, EOFError)):
+        if not self.open or os.getpid() == self.process or not issubclass(kind, (ConnectionError, EOFError)):
             self.earlier_hook(kind, error, trace)
 
     def close(self) -> None:
@@ -197,7 +210,8 @@ class Watcher:
         while True:
             try:
                 if not (received := self.receiver.recv(1)):
-                    return  # closed
+                    self.receiver.close()
+                    return
                 self.receive(received[0])
             except TimeoutError:
                 pass
@@ -209,7 +223,9 @@ class Watcher:
                 ending.task = task
                 self.interrupt()  # to listen again
                 if not task.is_offline():
-                    task.register_abort_callback(self.abort)
+                    # It asks the server, and signals must be seen meanwhile.
+                    register = partial(task.register_abort_callback, self.abort)
+                    threading.Thread(target=register, daemon=True, name="guard-abort").start()
 
     def receive(self, number: int) -> None:
         if number == signal.SIGUSR1 and self.own_signals:
@@ -226,10 +242,10 @@ class Watcher:
         deadline = time.monotonic() + 4
         while call_in_main_thread() == "init" and time.monotonic() < deadline:
             time.sleep(0.1)  # half made, a task could not be marked as stopped
-        self.raising = True
+        self.raising, unwinding = True, ending.unwinding
         for _ in range(20):
             self.interrupt()
-            if ending.unwinding.wait(0.1):
+            if unwinding.wait(0.1):
                 return
         ending.settle()
         atexit._run_exitfuncs()

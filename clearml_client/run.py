@@ -25,12 +25,11 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from clearml import Task
 
-import clearml_client
 from clearml_client import agent, configuration, sdk, server, storage
 from clearml_client.configuration import FILES, origin
 from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, limit
@@ -77,28 +76,32 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     ) -> None:
         if os.getpid() != self.process:  # a forked child, whose end is its own
             return
-        if not error or (isinstance(error, SystemExit) and not error.code):
+        if not error or (isinstance(error, SystemExit) and error.code in (None, 0)):
             try:
                 self.finish()
-                self.watcher.close()
             except BaseException as problem:
                 error = problem
             else:
-                clearml_client.finished_in = outermost_frame()
-                if in_notebook():
-                    ending.reset()
+                self.release()
                 return
         self.leave(error)
 
-    def leave(self, error: BaseException) -> None:
+    def leave(self, error: BaseException) -> NoReturn:
         """End a run that is not complete."""
         ending.unwinding.set()
         try:
             end_early(error, self.output_uri or self.given, self.lost.messages)
         finally:
             if in_notebook():
-                self.watcher.close()
-                ending.reset()
+                self.release()
+
+    def release(self) -> None:
+        """Leave nothing of the guard behind: the process goes on, and a notebook may have another run."""
+        self.watcher.close()
+        for handler in logging.getLogger("clearml").handlers:
+            handler.removeFilter(self.lost)
+        if in_notebook():
+            ending.reset()
 
     def prepare(self) -> None:
         """Raise RunError for whatever the run would fail of, in less than a minute whatever is silent."""
@@ -168,13 +171,16 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                     storage.check_access(self.output_uri)  # knows better why not
                 raise
             addresses = [address for address in stored_objects() if unquote(address).endswith(f"/{path.name}")]
-            if not any(store.matches(store.key(address), path) for address, store in opened(addresses)):
+            same = [address for address, store in opened(addresses) if store.matches(store.key(address), path)]
+            if not same:
                 raise RunError("what is stored there differs" if addresses else "no address of it is recorded")
-        self.stored = addresses[-1] if self.output_uri else ""
+        self.stored = same[-1] if self.output_uri else ""
         print(f"Model: {path}")
 
     def finish(self) -> None:
         """Close the task, and see that the server has it complete and that all of its objects are there."""
+        if self.lost.messages:
+            raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
         if not (task := Task.current_task()):
             return
         if task.is_offline():
@@ -190,15 +196,17 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                 sizes = stored_objects()
                 for address, store in opened([*sizes]):
                     found = store.size(store.key(address))
-                    if found is None or (sizes[address] and found != sizes[address]):
-                        raise RunError(f"{address} has {found} bytes in place of {sizes[address]}")
+                    if found is None:
+                        raise RunError(f"{address} is missing")
+                    if sizes[address] not in (0, found):
+                        raise RunError(f"{address} has {found} bytes, and not {sizes[address]}")
                 if self.lost.messages:
                     raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
                 task.close()
                 # An agent, and not this process, completes a task that it runs.
                 if Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
                     raise RunError(f"the ClearML server has the task as {status}")
-        if not ending.saying.acquire(blocking=False):
+        if not ending.claim(0, "completed", ""):
             raise Stopped  # by a signal that came before; one that comes now is too late
         if ending.checkpoint:
             with suppress(OSError):  # if it stays, the task refuses to be resumed
@@ -288,17 +296,14 @@ def explained(what: str = "", source: str = "", doctor: bool = False, more: str 
     before = f"{what}: " if what else ""
     try:
         yield
-    except RunError as error:
-        told = RunError(f"{before}{error}", error.cure, error.source or source)
-        told.code, told.doctor, told.more = error.code, doctor, more
-        raise told from error
     except Exception as error:
-        if not isinstance(error, TimeoutError) and not raised_in_library(error):
+        if not isinstance(error, RunError | TimeoutError) and not raised_in_library(error):
             raise
-        told = RunError(
-            f"{before}{server.refusal(error).whole() if isinstance(error, sdk.ERRORS) else one_line(error)}"
-        )
-        told.doctor = doctor
+        known = server.refusal(error) if isinstance(error, sdk.ERRORS) else RunError(one_line(error))
+        if isinstance(error, RunError):
+            known = error
+        told = RunError(f"{before}{known}", known.cure, known.source or source)
+        told.code, told.doctor, told.more = known.code, doctor, more
         raise told from error
 
 
@@ -310,7 +315,7 @@ def raised_in_library(error: BaseException) -> bool:
     return inside and not isinstance(error, MISTAKES)
 
 
-def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -> None:
+def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -> NoReturn:
     """Say what happened, give the task its status, and leave with the exit code.
 
     `lost`: what the SDK logged. Of an upload that fails, it raises no more than "Upload failed".
@@ -323,7 +328,8 @@ def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -
     elif isinstance(error, SystemExit) and isinstance(code, str):
         ending.say(f"error: {code}", 1, "failed")  # of the script: sys.exit("what is wrong")
     elif isinstance(error, SystemExit):
-        ending.say(f"error: the script left with sys.exit({code!r})", code, "failed")
+        number = code if isinstance(code, int) else 1
+        ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
     elif isinstance(error, RunError):
         ending.say(f"error: {error.whole()}", code, "failed", error.more + find * error.doctor)
     elif isinstance(error, sdk.ERRORS):
@@ -345,13 +351,8 @@ def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -
 
 # --- the process ------------------------------------------------------------------------------------------------------
 def in_notebook() -> bool:
-    """Jupyter's or IPython's %run."""
+    """Tell Jupyter and IPython's %run, where the process goes on."""
     return hasattr(builtins, "__IPYTHON__")
-
-
-def outermost_frame() -> Any:
-    *_, (frame, _line) = traceback.walk_stack(None)
-    return frame
 
 
 def outlive_readers() -> None:
