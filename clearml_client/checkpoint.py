@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def save_atomically(content: object, path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch wraps what the disk says
         cause = next((each for each in (error, error.__context__) if isinstance(each, OSError)), None)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written
+            part.unlink()
         raise RunError(f"cannot write {path}: {cause.strerror if cause else one_line(error)}") from error
 
 

@@ -159,6 +159,14 @@ def check_settings(setup: Setup) -> Found:
     return f"{configuration.setting(HOST)}, access key {key}, secret key set", sources
 
 
+def check_secrets(_: Setup) -> Found:
+    redact("")  # which looks into the variables
+    if not errors.weak:
+        return None
+    words = f"too short, or perhaps a word: redacted only where it stands alone: {', '.join(sorted(errors.weak))}"
+    return words, "", "make a random secret of 16 characters or more"
+
+
 def check_cache(_: Setup) -> Found:
     with unmade(Path(sdk.get_cache_dir())):
         configuration.check_cache()
@@ -215,6 +223,16 @@ def check_keys(_: Setup) -> Found:
         raise server.refusal(f"HTTP {answer.status_code}")
     user = session.get_decoded_token(session.token).get("identity", {})
     return f"{key} is user {user.get('user_name') or user.get('user')}", source
+
+
+def check_task(_: Setup) -> Found:
+    if Task.running_locally():
+        return None
+    name = configuration.variable_in_use("CLEARML_TASK_ID")
+    asked = {"id": [os.environ[name]], "only_fields": ["name", "status"]}
+    tasks = server.session().send_request("tasks", "get_all", json=asked).json()["data"]["tasks"]
+    task = "{name}, which is {status}".format(**tasks[0]) if tasks else f"{os.environ[name]}, which is not there"
+    return f"a run is not a new task, but {task}", variable(name), f"unset {name}, unless an agent has set it"
 
 
 def check_web_server(_: Setup) -> Found:
@@ -333,10 +351,12 @@ CHECKS: dict[str, Check] = {
     "configuration: file": check_file,
     "configuration: syntax": check_syntax,
     "configuration: ClearML server": check_settings,
+    "configuration: secrets": check_secrets,
     "configuration: cache folder": check_cache,
     "server: address": check_address,
     "server: API": check_api,
     "server: keys": check_keys,
+    "server: task": check_task,
     "server: web server": check_web_server,
     "server: file server": check_file_server,
     "storage: target": check_target,

@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -70,7 +71,10 @@ class Ending:
         """Return how to go on from the checkpoint. At an agent nobody can: its folder goes."""
         if not self.checkpoint or not Task.running_locally():
             return ""
-        return f"; saved, and to go on: {command(str(SCRIPT), '--resume', str(self.checkpoint))}"
+        script, checkpoint = SCRIPT, self.checkpoint
+        if script.parent != Path():  # as it was started from elsewhere, so it can be again
+            script, checkpoint = script.absolute(), checkpoint.absolute()
+        return f"; saved, and to go on: {command(str(script), '--resume', str(checkpoint))}"
 
     def settle(self) -> None:
         """Give the task its status by public calls: the SDK's own way out sets another, and may wait for ever."""
@@ -79,7 +83,8 @@ class Ending:
             return
         with suppress(Exception):  # the line is said, and the server may be what failed
             if task.is_offline():
-                task.close()
+                with redirect_stdout(StringIO()):  # nothing comes after the last line
+                    task.close()
                 return
             sdk.forget_exit_handler(task)
             server.ping()  # or the calls would wait
@@ -117,7 +122,7 @@ def limit(seconds: float, what: str) -> Iterator[None]:
     timer = threading.Timer(seconds, ending.hang, [what, seconds])
     timer.daemon = True
     timer.start()
-    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # where even the interpreter's lock is held
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)  # where even the interpreter's lock is held
     try:
         yield
     finally:

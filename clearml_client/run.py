@@ -32,6 +32,7 @@ from clearml import Task
 
 import clearml_client
 from clearml_client import agent, configuration, sdk, server, storage
+from clearml_client.configuration import FILES, origin
 from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, limit
 from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
@@ -132,13 +133,17 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         own = "" if Task.running_locally() else task_at_agent().output_uri
         if own and self.given not in ("", own):
             print(f"Storage: the task's own output destination wins over --output-uri {self.given}")
-        with explained(doctor=True):
-            uri = own or self.given or storage.default_target()[0] or storage.file_server()
-        self.output_uri = self.check_storage(uri)
+        uri, source = own or self.given, ""
+        if not uri:
+            uri, source = storage.default_target()
+        if not uri:
+            with explained(doctor=True):
+                uri, source = storage.file_server(), origin(FILES, "from api.api_server")
+        self.output_uri = self.check_storage(uri, source)
 
-    def check_storage(self, uri: str) -> str:
+    def check_storage(self, uri: str, source: str = "") -> str:
         what = f"no storage at {uri}"
-        with explained(what, doctor=True), limit(60, what):
+        with explained(what, source, doctor=True), limit(60, what):
             storage.check_access(uri)
         uri = uri.rstrip("/") if "://" in uri else f"file://{Path(uri).expanduser().absolute()}"
         print(f"Storage: {uri} (written, read back, deleted)")
@@ -245,10 +250,14 @@ def wait_for_server(what: str) -> None:
 
 def task_at_agent() -> Task:
     """Return the task that an agent has this process run. Raise UsageError where its id is left over."""
-    task = Task.get_task(os.environ["CLEARML_TASK_ID"])
-    named = f"the task {task.name} ({task.id}), which CLEARML_TASK_ID names"
+    variable = configuration.variable_in_use("CLEARML_TASK_ID")
+    task_id, unset = os.environ[variable], f"unset {variable}"
+    if not Task.query_tasks(task_filter={"id": [task_id]}):
+        raise UsageError(f"there is no task {task_id}, which {variable} names: {unset}")
+    task = Task.get_task(task_id)
+    named = f"the task {task.name} ({task.id}), which {variable} names"
     if task.status not in ("created", "queued", "in_progress"):
-        raise UsageError(f"{named}, is {task.status}: unset CLEARML_TASK_ID")
+        raise UsageError(f"{named}, is {task.status}: {unset}")
     print(f"ClearML: this run is {named}")
     return task
 
@@ -271,22 +280,24 @@ def opened(addresses: list[str]) -> Iterator[tuple[str, storage.Store]]:
 
 # --- what went wrong --------------------------------------------------------------------------------------------------
 @contextmanager
-def explained(what: str = "", doctor: bool = False, more: str = "") -> Iterator[None]:
+def explained(what: str = "", source: str = "", doctor: bool = False, more: str = "") -> Iterator[None]:
     """Raise a RunError with these words before it, also for what the SDK or a store's library raises in the block.
 
-    `doctor`: it can tell more about the cause. `more` comes before that hint.
+    `source`: who said what was tried. `doctor`: it can tell more about the cause. `more` comes before that hint.
     """
     before = f"{what}: " if what else ""
     try:
         yield
     except RunError as error:
-        told = RunError(f"{before}{error}", error.cure, error.source)
+        told = RunError(f"{before}{error}", error.cure, error.source or source)
         told.code, told.doctor, told.more = error.code, doctor, more
         raise told from error
     except Exception as error:
         if not isinstance(error, TimeoutError) and not raised_in_library(error):
             raise
-        told = RunError(f"{before}{server.refusal(error) if isinstance(error, sdk.ERRORS) else one_line(error)}")
+        told = RunError(
+            f"{before}{server.refusal(error).whole() if isinstance(error, sdk.ERRORS) else one_line(error)}"
+        )
         told.doctor = doctor
         raise told from error
 
@@ -316,7 +327,7 @@ def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -
     elif isinstance(error, RunError):
         ending.say(f"error: {error.whole()}", code, "failed", error.more + find * error.doctor)
     elif isinstance(error, sdk.ERRORS):
-        ending.say(f"error: {server.refusal(error)}", 1, "failed", find)
+        ending.say(f"error: {server.refusal(error).whole()}", 1, "failed", find)
     elif isinstance(error, OSError) and error.errno in FULL_DISK:
         ending.say(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", 1, "failed")
     elif type(error).__name__ == "OutOfMemoryError" or raised_in_library(error):

@@ -25,6 +25,7 @@ from clearml.backend_api.utils import get_http_session_with_retry  # the SDK's c
 from clearml.backend_config.bucket_config import S3BucketConfigurations
 from clearml.backend_config.defs import get_config_file  # the file that the SDK reads; an export
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever; an export
+from clearml.backend_interface.task.log import TaskHandler
 from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
 from clearml.config import config_obj, get_cache_dir  # the merged settings; way out: Task.get_config() or the like
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
@@ -75,6 +76,14 @@ def send_request(*arguments: Any, **options: Any) -> Any:
 
 
 send_once, Session.send_request = Session.send_request, send_request
+
+
+def log_console_trouble(message: str, level: int = logging.INFO) -> None:
+    """Log that console lines did not reach the server; the SDK writes that to stderr each time; way out: a logger."""
+    logging.getLogger("clearml.log").log(level, message)
+
+
+TaskHandler._log_stderr = staticmethod(log_console_trouble)
 
 
 def s3_entry(uri: str) -> tuple[Any, bool]:

@@ -242,10 +242,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "an unknown key": no_storage(
         store("rclone", key="AKIAUNKNOWN98765"),
-        "InvalidAccessKeyId",
-        "bucket",
-        "unknown key",
-        "correct the access key",
+        *("InvalidAccessKeyId", "bucket", "unknown key", "correct the access key"),
     ),
     "a wrong secret": no_storage(
         store("seaweed", secret="a-wrong-secret"),
@@ -291,7 +288,7 @@ ELSEWHERE = {
     ],
     "HOME cannot be written": ["test_configuration.py::test_a_home_that_cannot_be_written_has_a_cure"],
     "something hangs": ["test_package.py::test_a_hang_ends_with_the_stacks_of_all_threads"],
-    "SIGTERM, SIGHUP, SIGUSR1": ["test_package.py::test_copied_it_ends_truthfully"],
+    "SIGTERM, SIGHUP, SIGUSR1": ["test_package.py::test_every_end_is_true_and_leaves_nothing"],
     "the queue of": [
         "test_queue.py::test_what_is_refused_leaves_no_task",
         "test_queue.py::test_what_an_agent_could_not_run_is_refused",

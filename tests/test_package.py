@@ -167,10 +167,8 @@ def test_copied_it_fails_fast_and_the_doctor_is_there(write: Write, machine: Mac
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
     assert line.startswith("script.py: error: no answer from the ClearML API server")
-    _, _, command = line.partition("-m ")
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=write().parent, env=machine.environment, capture_output=True
-    )
+    command = ["-m", *line.partition(" -m ")[2].split()]
+    done = subprocess.run([sys.executable, *command], cwd=write().parent, env=machine.environment, capture_output=True)
     assert b"no answer from the ClearML API server" in done.stdout
     assert done.returncode == 1
 

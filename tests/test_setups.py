@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -158,6 +159,27 @@ def test_what_is_unusual_and_right_works(machine: Machine, places: dict[str, str
     assert "repository detection" not in said  # the SDK has two lines of it at each start
 
 
+@pytest.mark.parametrize(
+    ("conf", "variables", "names"),
+    [
+        (
+            'sdk.aws.s3.credentials: [ { host: "h:1", key: "k", secret: "minioadmin" } ]',
+            {},
+            "sdk.aws.s3.credentials.secret",
+        ),
+        ("$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "AWS_SECRET_ACCESS_KEY"),
+        ("$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, ""),
+    ],
+)
+def test_a_weak_secret_is_named(
+    machine: Machine, places: dict[str, str], conf: str, variables: dict[str, str], names: str
+) -> None:
+    """A random one is not."""
+    _, said = run_case(machine, places, ((*DOCTOR, "--only", "configuration"), conf, variables, ""))
+    found = re.search("^warning +configuration: secrets +.*stands alone: (.*)$", said, re.MULTILINE)
+    assert (found[1] if found else "") == names, said
+
+
 UNTRUSTED, MISSING = "certificate not trusted", r"certificate file missing \(.*/no/such.pem"
 LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid goes without".format
 NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
@@ -189,7 +211,7 @@ WRONG: list[Case] = [
     (SCRIPT, "$server", UNDEFINED, r"api.files_server is 'undefined': no address.*\[CLEARML_FILES_HOST, environment\]"),
     (SCRIPT, "$server", DEAD, r"no storage at http://127.0.0.1:[0-9]+: .*\[CLEARML_FILES_HOST, environment\]"),
     ((*STORAGE, *TO_STORE), "sdk.aws: 3", {}, "the SDK cannot use sdk.aws.s3.credentials"),
-    ((*STORAGE, *TO_SMALL), LARGE, {}, "host 'STORE:9000' is taken for store:9000: they differ in case"),
+    ((*STORAGE, *TO_SMALL), LARGE, {}, "host 'STORE:9000' is taken for store:9000: they differ in port or case"),
     ((*STORAGE, "--output-uri", "/ü/ü"), "sdk {}", {"PYTHONIOENCODING": "ascii"}, r"whose parent exists: /\\xfc"),
 ]
 
@@ -198,7 +220,7 @@ WRONG: list[Case] = [
 def test_what_is_wrong_is_named_in_one_line(
     machine: Machine, stand_in: ClearMLServer, places: dict[str, str], case: Case
 ) -> None:
-    command, conf, _, words = case
+    command, _, _, words = case
     before = len(stand_in.tasks)
     code, said = run_case(machine, places, case)
     assert code == 1, said
@@ -206,8 +228,7 @@ def test_what_is_wrong_is_named_in_one_line(
     assert re.search(words, said if command[:2] == DOCTOR else lines[0], re.DOTALL), said
     assert len(lines) == 1 or command[:2] == DOCTOR
     assert "ss-word" not in said
-    is_of_a_store = command[0] == SCRIPT[0] and "$server" in conf and "$moved" not in conf
-    assert len(stand_in.tasks) - before == is_of_a_store  # then it is the task's failure
+    assert len(stand_in.tasks) == before
 
 
 @pytest.mark.parametrize(
@@ -269,6 +290,31 @@ def test_a_home_of_another_user_is_named(machine: Machine) -> None:
     assert f"{machine.home}/clearml.conf cannot be read: Permission denied" in line
 
 
+READ_ONLY = "mount -t tmpfs -o ro,size=1M tmpfs"
+PLACES = [
+    (
+        f"{READ_ONLY} /tmp; {READ_ONLY} /var/tmp; cd /proc",
+        r"no folder for temporary files: No usable .*; set TMPDIR to one that can be written",
+    ),
+    (f"{READ_ONLY} /dev/shm", "no semaphore can be made: Read-only file system; free space in /dev/shm, or mount it"),
+    ("mount -t tmpfs -o size=4k tmpfs /dev/shm; cp /bin/sh /dev/shm", "no semaphore .*: No space left on device"),
+]
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs root, to mount")
+@pytest.mark.parametrize(("mounts", "words"), PLACES)
+def test_a_machine_without_a_place_for_temporary_files(machine: Machine, mounts: str, words: str) -> None:
+    """Of which `import clearml` makes a traceback."""
+    command = f"{mounts}; exec {shlex.join([sys.executable, str(ROOT / 'pytorch_mnist.py'), '--offline'])}"
+    environment = {name: value for name, value in machine.environment.items() if name != "TMPDIR"}
+    unshared = ["unshare", "--mount", "sh", "-c", command]
+    done = subprocess.run(unshared, cwd=machine.home, env=environment, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(f"pytorch_mnist.py: error: {words}.*", line), done.stderr
+
+
 # --- going on, streams, notebooks -------------------------------------------------------------------------------------
 def test_the_command_to_go_on_starts_from_anywhere(begin: Begin, machine: Machine, tmp_path: Path) -> None:
     """Data and checkpoint were named from the folder in which the run began."""
@@ -297,6 +343,22 @@ def test_no_file_gets_the_number_of_a_closed_stream_and_errors_are_said_on_stdou
     program = "import os, sys, clearml_client; print(os.open(os.devnull, os.O_RDONLY) > 2, file=sys.stderr)"
     shell = ["sh", "-c", f"{shlex.join([sys.executable, '-c', program])} <&- 2>&-"]
     assert subprocess.run(shell, cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+
+
+def test_nothing_comes_after_the_last_line_of_an_offline_run(machine: Machine) -> None:
+    with open(machine.home / "log.txt", "w") as log:
+        process = machine.start("pytorch_mnist.py", *FEW, "--offline", "--lr", 1e9, stdout=log, stderr=log)
+        assert process.wait() == 1
+    assert (machine.home / "log.txt").read_text().splitlines()[-1].startswith("pytorch_mnist.py: error: the loss is ")
+    assert machine.session().is_file()
+
+
+def test_an_interrupt_before_the_guard_is_one_line(begin: Begin, machine: Machine) -> None:
+    """While torch is imported, say."""
+    (machine.home / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    run = begin("--dry-run", PYTHONPATH=str(machine.home))
+    assert run.end() == -signal.SIGINT
+    assert run.stderr == "pytorch_mnist.py: interrupted\n"
 
 
 def test_in_a_notebook_the_kernel_goes_on(machine: Machine, online: ClearMLServer) -> None:

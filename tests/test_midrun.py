@@ -1,0 +1,187 @@
+"""What somebody does to a run while it goes on, or left for it to find: it names the cause, and loses nothing else.
+
+What machines do to it (a server, a store or a disk that fails, a signal) is in test_faults.py.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clearml_server import ClearMLServer, Doc
+from conftest import FEW, Begin, Machine, Run
+from reading import Report
+from stores import Rclone
+
+
+@pytest.fixture
+def server(live: bool, machine: Machine, tmp_path: Path) -> Iterator[ClearMLServer]:
+    """A server of the test's own, in the machine's clearml.conf."""
+    if live:
+        pytest.skip("does to the server what nobody wants")
+    stand_in = ClearMLServer(tmp_path / "clearml-server")
+    stand_in.start()
+    machine.configure(stand_in.configuration())
+    yield stand_in
+    stand_in.stop()
+    assert stand_in.unknown == []
+
+
+def revoke_keys(server: ClearMLServer, _: str) -> None:
+    server.revoke_keys()
+    server.renew_secret()
+
+
+def restart(server: ClearMLServer, _: str) -> None:
+    server.stop()
+    server.renew_secret()
+    server.start()
+
+
+def delete(server: ClearMLServer, task: str) -> None:
+    del server.tasks[task]
+
+
+EPOCHS = 12
+
+
+def disturbed(begin: Begin, server: ClearMLServer, do: Callable[[ClearMLServer, str], None], *more: object) -> Run:
+    """A run to its end, to which this was done after its second epoch."""
+    run = begin(*FEW, "--epochs", EPOCHS, *more)
+    run.wait_for("epoch 2/")
+    do(server, run.task)
+    run.end()
+    assert f"epoch {EPOCHS}/{EPOCHS}" in run.stdout, run.everything
+    return run
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        (revoke_keys, r"invalid credentials.*new ones: http://\S+/settings/workspace-configuration"),
+        (delete, "somebody has deleted the task on the ClearML server"),
+    ],
+)
+def test_whatever_becomes_of_keys_or_task_the_training_goes_on(
+    begin: Begin, machine: Machine, server: ClearMLServer, do: Callable[[ClearMLServer, str], None], words: str
+) -> None:
+    """Said once, and the storage is not blamed."""
+    run = disturbed(begin, server, do, "--output-uri", machine.home / "store")
+    assert run.returncode == 1
+    assert re.search(words, run.line), run.line
+    assert run.stderr.count("failed logging") <= 1, run.stderr
+    assert len(run.stderr) < 3000
+    assert len(run.stdout.splitlines()) < EPOCHS + 20, run.stdout
+    assert machine.outputs("model.pt").is_file()
+    assert machine.outputs("checkpoint.pt").is_file()
+
+
+@pytest.mark.parametrize("target", ["", "store"])
+def test_a_server_that_was_restarted_with_another_secret_has_everything(
+    begin: Begin, machine: Machine, server: ClearMLServer, target: str
+) -> None:
+    """Also where its file server is the target."""
+    run = disturbed(begin, server, restart, "--output-uri", machine.home / target if target else "")
+    assert run.returncode == 0, run.everything
+    task = machine.read_task(run.task)
+    assert task["status"] == "completed"
+    for title, count in {"train batch": 3 * EPOCHS, "train": EPOCHS, "test": EPOCHS}.items():
+        assert len(task["scalars"]["loss"][title]["x"]) == count
+    (model,) = task["models"]
+    assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
+
+
+def test_what_is_no_checkpoint_is_named_in_one_line(begin: Begin) -> None:
+    run = begin("--resume", "/etc/passwd")
+    assert run.end() == 1
+    assert "error: cannot resume from /etc/passwd: " in run.line
+    assert run.stderr.splitlines() == [run.line]
+
+
+# --- objects that the store loses -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["file server", "folder", "s3"])
+def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
+    begin: Begin, machine: Machine, server: ClearMLServer, rclone: Rclone, kind: str
+) -> None:
+    """Each artifact is registered after its upload: then the picture is emptied."""
+    store = {"file server": server.files_folder, "folder": machine.home / "store", "s3": rclone.folder / "data"}[kind]
+    uri = {"file server": "", "folder": store, "s3": rclone.uri("emptied")}[kind]
+    machine.configure(server.configuration(), rclone.clearml_conf())
+    register = server.tasks_add_or_update_artifacts
+
+    def empty_and_register(**asked: Any) -> Doc:
+        for path in store.rglob("mistakes.png"):
+            if kind == "s3":  # it remembers the sizes of its files
+                with closing(rclone.client()) as s3:
+                    s3.put_object(Bucket=rclone.bucket, Key=str(path.relative_to(store / rclone.bucket)), Body=b"")
+            else:
+                path.write_bytes(b"")
+        return register(**asked)
+
+    server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
+    run = begin("--dry-run", "--output-uri", uri)
+    assert run.end() == 1, run.everything
+    assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes in place of \d+", run.line), run.line
+    assert server.tasks[run.task]["status"] == "failed"
+
+
+# --- a task that is there already -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("status", ["completed", "published", "failed", "stopped"])
+def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
+    begin: Begin, server: ClearMLServer, status: str
+) -> None:
+    """The doctor tells of it, too."""
+    project = server.projects_create("old")["id"]
+    task = server.tasks_create("an old one", "training", project=project)["id"]
+    server.tasks[task]["status"] = status
+    before = deepcopy((server.tasks, server.models, server.events))
+    run = begin("--dry-run", CLEARML_TASK_ID=task)
+    doctor = begin("clearml_client.doctor", "--json", "--only", "server", script="-m", CLEARML_TASK_ID=task)
+    found = Report(doctor.end(), doctor.stdout)["server: task"]
+    assert found.startswith(
+        f"warning: a run is not a new task, but an old one, which is {status} [CLEARML_TASK_ID, env"
+    )
+    assert run.end() == 2, run.everything
+    assert f"the task an old one ({task}), which CLEARML_TASK_ID names, is {status}: unset CLEARML" in run.line
+    assert (server.tasks, server.models, server.events) == before
+
+
+def test_a_task_id_of_no_task(begin: Begin, server: ClearMLServer) -> None:
+    run = begin("--dry-run", CLEARML_TASK_ID="0" * 32)
+    assert run.end() == 2, run.everything
+    assert run.line.endswith(f"error: there is no task {'0' * 32}, which CLEARML_TASK_ID names: unset CLEARML_TASK_ID")
+    assert run.stderr.splitlines() == [run.line]
+    assert not server.tasks
+
+
+@pytest.mark.parametrize("edited", ["", "/var/tmp"])
+def test_a_clone_is_used_and_its_own_destination_wins(
+    begin: Begin, machine: Machine, server: ClearMLServer, edited: str
+) -> None:
+    """Over Args/output_uri, which somebody has edited."""
+    first = begin("--dry-run", "--output-uri", machine.home / "store")
+    assert first.end() == 0, first.everything
+    clone = server.tasks_clone(first.task)["id"]
+    server.tasks[clone]["hyperparams"]["Args"]["output_uri"]["value"] = edited
+    run = begin("--output-dir", "clone", CLEARML_TASK_ID=clone)
+    assert run.end() == 0, run.everything
+    name = server.tasks[clone]["name"]
+    assert run.stdout.count(f"ClearML: this run is the task {name} ({clone}), which CLEARML_TASK_ID names\n") == 1
+    own = "Storage: the task's own output destination wins over --output-uri"
+    assert run.stdout.count(own) == run.stdout.count(f"{own} {edited}\n") == bool(edited), run.stdout
+    assert re.search(f"^Storage: file://{machine.home}/store ", run.stdout, re.MULTILINE), run.stdout
+
+
+def test_a_refused_resume_does_not_advise_itself(begin: Begin, machine: Machine, server: ClearMLServer) -> None:
+    run = begin(*FEW, "--epochs", 10_000)
+    run.wait_for("epoch 1/")
+    run.process.terminate()
+    run.end()
+    server.tasks[run.task]["status"] = "completed"
+    again = begin("--resume")
+    assert again.end() == 2, again.everything
+    assert again.line.endswith(f"error: cannot resume: the task {run.task} is completed")
+    assert machine.outputs("checkpoint.pt").is_file()
