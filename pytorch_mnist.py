@@ -256,7 +256,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--project-name", type=name, default="mnist-training-poc", help="project")
     parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="task name")
     parser.add_argument("--tags", nargs="+", default=[], help="tags of the task")
-    where = "storage: s3://..., gs://..., azure://... or a folder; if empty, as clearml.conf says"
+    where = "storage: s3://..., gs://..., azure://... or a folder; a clone uses its task's own"
     parser.add_argument("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     parser.add_argument("--offline", action="store_true", help="use no server, record a session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue: an agent runs the script")

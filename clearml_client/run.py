@@ -136,7 +136,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         own = "" if Task.running_locally() else task_at_agent().output_uri
         if own and self.given not in ("", own):
             print(f"Storage: the task's own output destination wins over --output-uri {self.given}")
-        uri, source = own or self.given, ""
+        uri, source = own or self.given, "the task's output destination" if own else ""
         if not uri:
             uri, source = storage.default_target()
         if not uri:
@@ -149,7 +149,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         with explained(what, source, doctor=True), limit(60, what):
             storage.check_access(uri)
         uri = uri.rstrip("/") if "://" in uri else f"file://{Path(uri).expanduser().absolute()}"
-        print(f"Storage: {uri} (written, read back, deleted)")
+        print(f"Storage: {uri} ({source + ': ' if source else ''}written, read back, deleted)")
         return uri
 
     @contextmanager

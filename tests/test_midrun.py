@@ -172,7 +172,8 @@ def test_a_clone_is_used_and_its_own_destination_wins(
     assert run.stdout.count(f"ClearML: this run is the task {name} ({clone}), which CLEARML_TASK_ID names\n") == 1
     own = "Storage: the task's own output destination wins over --output-uri"
     assert run.stdout.count(own) == run.stdout.count(f"{own} {edited}\n") == bool(edited), run.stdout
-    assert re.search(f"^Storage: file://{machine.home}/store ", run.stdout, re.MULTILINE), run.stdout
+    where = rf"^Storage: file://{machine.home}/store \(the task's output destination: "
+    assert re.search(where, run.stdout, re.MULTILINE), run.stdout
 
 
 def test_a_refused_resume_does_not_advise_itself(begin: Begin, machine: Machine, server: ClearMLServer) -> None:
