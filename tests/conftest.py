@@ -26,7 +26,7 @@ from uuid import uuid4
 import pytest
 from clearml_server import ClearMLServer
 from keeper import keep
-from stores import FakeGCS, Rclone, SeaweedFS, Store, free_port
+from stores import FakeGCS, Rclone, SeaweedFS, Store
 from zygote import EARLY, Forked, start_zygote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,19 +232,6 @@ class Run:
 
 Begin = Callable[..., Run]
 AnyStore = TypeVar("AnyStore", bound=Store)
-
-
-def begin_ranks(
-    begin: Begin, count: int, *arguments: object, own: tuple[object, ...] = (), **options: Any
-) -> list[Run]:
-    """A run of so many processes, as torchrun starts them; the last one has arguments of its `own`."""
-    port = str(free_port())
-    everyone = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    started = []
-    for rank in map(str, range(count)):
-        more = own if int(rank) == count - 1 else ()
-        started.append(begin(*arguments, *more, **everyone, RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port, **options))
-    return started
 
 
 def copy_script(folder: Path) -> Path:

@@ -101,7 +101,15 @@ URIS = ("S3://127.0.0.1:9000/b", "undefined", "s3://me:SECRET@h:1/b")  # more of
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--epochs two", "--batch-size -1", "--device nonsense", "--lr nan", "--momentum 1", "--nonsense"]
+    [
+        "--epochs two",
+        "--batch-size -1",
+        "--batch-size 1000000000",
+        "--device nonsense",
+        "--lr nan",
+        "--momentum 1",
+        "--nonsense",
+    ]
     + [f"--output-uri {uri}" for uri in URIS],
 )
 def test_wrong_arguments_are_named(

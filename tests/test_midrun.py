@@ -124,7 +124,7 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
     server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
     run = begin("--dry-run", "--output-uri", uri)
     assert run.end() == 1, run.everything
-    assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes in place of \d+", run.line), run.line
+    assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes, and not \d+", run.line), run.line
     assert server.tasks[run.task]["status"] == "failed"
 
 

@@ -73,3 +73,8 @@ def test_without_the_patch_it_is_refused(machine: Machine) -> None:
     assert run.returncode == 2
     assert run.stderr.splitlines() == [run.line]
     assert "torchrun would start a run in each process: see docs/beyond-one-machine.md" in run.line
+
+
+def test_variables_that_another_launcher_left_are_of_no_account(machine: Machine) -> None:
+    run = machine.train("--dry-run", RANK="0", WORLD_SIZE="", MASTER_ADDR="nowhere.invalid")
+    assert run.returncode == 0, run.everything
