@@ -36,6 +36,8 @@ from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, limit
 from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Set by a program with a task that started this one: the SDK would take that task for this run's.
+MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
 MISTAKES = (TypeError, LookupError, AttributeError, AssertionError)  # the script's, wherever they are raised
 
@@ -111,6 +113,9 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         if self.queue is not None and (self.offline or self.resume or not self.queue.strip()):
             reason = "not allowed with --offline or --resume" if self.queue.strip() else "an empty name"
             raise UsageError(f"argument --queue: {reason}")
+        for variable in MASTERS:
+            if not os.getenv(variable, "").startswith(f"{os.getpid()}:"):
+                os.environ.pop(variable, None)
         agent.exclude_lock_from_diff()
         with explained(doctor=True):
             configuration.check(self.offline)

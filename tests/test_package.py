@@ -143,6 +143,34 @@ def test_below_the_block_the_process_is_the_scripts(
     assert ("below the block" in run.stdout) == (code == 0)
 
 
+def test_the_block_may_stand_outside_of_any_function(write: Write, machine: Machine) -> None:
+    script = write(below="print('below the block')")
+    text = script.read_text().replace("def main():", "if True:").replace("    main()", "    pass")
+    script.write_text(text)
+    machine.variables["PYTHONHASHSEED"] = "0"  # a process of its own: a fork of another has more frames
+    run = machine.run(script)
+    assert run.returncode == 0, run.everything
+    assert "below the block" in run.stdout
+
+
+def test_a_run_that_another_program_starts_has_a_task_of_its_own(
+    write: Write, machine: Machine, stand_in: ClearMLServer
+) -> None:
+    """By the variable of the program that started it, the SDK would have it take that program's task."""
+    machine.configure(stand_in.configuration())
+    before = set(stand_in.tasks)
+    driver = write().with_name("driver.py")
+    driver.write_text("""import subprocess, sys
+from clearml import Task
+Task.init("own project", "driver")
+sys.exit(subprocess.run([sys.executable, f"{sys.path[0]}/script.py"]).returncode)
+""")
+    run = machine.run(driver)
+    assert run.returncode == 0, run.everything
+    new = [task for key, task in stand_in.tasks.items() if key not in before]
+    assert [(task["name"], task["status"]) for task in new] == [("driver", "completed"), ("own task", "completed")]
+
+
 def test_a_signal_to_a_child_is_the_childs(write: Write, machine: Machine) -> None:
     """However early it comes: a child that is forked begins with what the guard has set for its own process."""
     code = """import multiprocessing, subprocess, time
