@@ -77,13 +77,13 @@ def start_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Iterato
         "CLEARML_CONFIG_FILE": str(machine.home / "clearml.conf"),
         "CLEARML_AGENT_SKIP_PIP_VENV_INSTALL": sys.executable,
         "CLEARML_AGENT_SKIP_PYTHON_ENV_INSTALL": "1",
-        "CLEARML_AGENT_QUEUE_POLL_FREQ_SEC": "0.5",
         "TMPDIR": str(machine.home),
     }
     runs: list[Run] = []
 
-    def start(*arguments: str, configuration: str = "") -> Run:
+    def start(*arguments: str, configuration: str = "", poll: float = 0.5) -> Run:
         machine.configure(stand_in.configuration(), configuration)
+        machine.variables["CLEARML_AGENT_QUEUE_POLL_FREQ_SEC"] = str(poll)
         ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
             [agent, *arguments], **ends, text=True, cwd=machine.home, env=machine.environment, start_new_session=True
@@ -166,46 +166,43 @@ def test_an_agent_trains_what_was_queued(
 def test_a_daemon_takes_one_task_after_the_other(
     machine: Machine, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
 ) -> None:
-    """What the clones change is what is trained, and a device that only the agent may have is not refused here.
-
-    One that is aborted in the web UI ends as stopped; queued again there, it starts from the beginning.
-    """
+    """What a clone changes is what is trained, and a device that only the agent may have is not refused here."""
     queued = queue(machine, checkout, "--device", "cuda:7")
     other = clone(online, queued, device="cpu", epochs=1, lr=0.05)
-    endless = clone(online, queued, device="cpu", epochs=10_000)
-    online.tasks_dequeue(task=queued)
-    for task in (queued, other, endless):
-        online.tasks_enqueue(task=task, queue_name="nightly")
-    daemon = start_agent("daemon", "--queue", "nightly", "--foreground")
-    wait_for(lambda: stored_curves(online, endless).get(("accuracy", "test")), daemon)
-    failed, completed, aborted = (online.tasks[task] for task in (queued, other, endless))
-    assert [task["status"] for task in (failed, completed, aborted)] == ["failed", "completed", "in_progress"]
+    online.tasks_enqueue(task=other, queue_name="default")
+    daemon = start_agent("daemon", "--queue", "default", "--foreground")
+    failed, completed = online.tasks[queued], online.tasks[other]
+    wait_for(lambda: completed["status"] in ("completed", "failed"), daemon)
+    assert [task["status"] for task in (failed, completed)] == ["failed", "completed"]
     assert "pytorch_mnist.py: error: argument --device: no device 'cuda:7' on this machine" in console(online, queued)
     assert "exit code 2" in failed["status_reason"]
     assert len(stored_curves(online, other)["accuracy", "test"]) == 1
     assert max(stored_curves(online, other)["learning rate", "OneCycleLR"].values()) == pytest.approx(0.05, rel=0.2)
 
-    online.tasks_stop(task=endless)
-    wait_for(lambda: aborted["status"] != "in_progress", daemon)
-    assert aborted["status"] == "stopped", console(online, endless)
-    (line,) = [line for line in console(online, endless).splitlines() if line.startswith("pytorch_mnist.py: ")]
-    assert line == "pytorch_mnist.py: aborted in the web UI"  # with no file of the agent's
-    before = set(online.events[endless])
-    old = {name: event["timestamp"] for name, event in online.events[endless].items()}
-    aborted["hyperparams"]["Args"]["epochs"]["value"] = "2"
-    online.tasks_enqueue(task=endless, queue_name="nightly")
-    wait_for(lambda: aborted["status"] in ("completed", "failed"), daemon)
-    assert aborted["status"] == "completed", console(online, endless)
-    events = online.events[endless].items()
-    new = [event["iter"] for name, event in events if event["timestamp"] != old.get(name) and is_point(event)]
-    assert sorted(set(new)) == list(range(1, 13))
-    assert before
-    daemon.process.terminate()
-    daemon.end()
 
+def test_a_task_that_is_aborted_is_stopped_and_begins_anew_when_it_is_queued_again(
+    machine: Machine, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
+) -> None:
+    """Also where the run sees the abort before the agent does, which then has its exit code only."""
+    queued = queue(machine, checkout, "--epochs", 10_000)
+    daemon = start_agent("daemon", "--queue", "default", "--foreground", poll=30)
+    task = online.tasks[queued]
+    wait_for(lambda: stored_curves(online, queued).get(("accuracy", "test")), daemon)
+    online.tasks_stop(task=queued)  # Abort in the web UI
+    wait_for(lambda: task["status"] != "in_progress", daemon)
+    assert task["status"] == "stopped", console(online, queued)
+    (line,) = [line for line in console(online, queued).splitlines() if line.startswith("pytorch_mnist.py: ")]
+    assert line == "pytorch_mnist.py: aborted in the web UI"  # and no file of the agent's
+    daemon.signal(signal.SIGKILL)
 
-def is_point(event: Doc) -> bool:
-    return event["metric"] == "loss" and event["variant"] in ("train batch", "test")
+    old = {event["timestamp"] for event in online.events[queued].values()}
+    task["hyperparams"]["Args"]["epochs"]["value"] = "2"
+    online.tasks_enqueue(task=queued, queue_name="default")
+    again = start_agent("execute", "--id", queued)
+    assert again.end() == 0, again.everything
+    assert task["status"] == "completed"
+    new = [event for event in online.events[queued].values() if event["timestamp"] not in old]
+    assert sorted(event["iter"] for event in new if event["variant"] == "train batch") == list(range(1, 13))
 
 
 def console(server: ClearMLServer, task: str) -> str:
@@ -325,16 +322,11 @@ def test_untracked_files_that_the_run_does_not_use_are_named(
     [
         (["--queue", ""], "argument --queue: an empty name"),
         (["--queue", "default", "--offline"], "argument --queue: not allowed with --offline"),
+        (["--queue", "default"], "cannot queue: no agent gets an offline session, and it is one, because no server"),
     ],
 )
 def test_a_queue_without_a_name_or_a_server_is_wrong_use(machine: Machine, arguments: list[str], words: str) -> None:
     run = machine.run("pytorch_mnist.py", *arguments)
     assert run.returncode == 2
     assert words in run.line
-
-
-def test_a_queue_where_no_server_is_configured_is_wrong_use(machine: Machine) -> None:
-    run = machine.run("pytorch_mnist.py", "--queue", "default")
-    assert run.returncode == 2
-    assert "cannot queue: no agent gets an offline session, and it is one, because no server" in run.stderr
     assert not list(machine.home.glob("outputs/*"))
