@@ -189,6 +189,7 @@ TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
 ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
 UNDEFINED = {"CLEARML_FILES_HOST": "undefined"}
 DEAD = {"CLEARML_FILES_HOST": "http://$nobody"}
+USER = {"CLEARML_API_HOST": "http://me:p@ss-word@$nobody"}
 TO_STORE = ("--output-uri", "$uri")
 TO_SMALL = ("--output-uri", "s3://store:9000/models")
 LARGE = 'sdk.aws.s3.credentials: [ { host: "STORE:9000", key: "a key", secret: "a secret" } ]'  # the SDK takes it
@@ -207,6 +208,8 @@ WRONG: list[Case] = [
         {},
         r"error: (http://\S+) redirects to (http://\S+): write \2 \[api.api",
     ),
+    (SCRIPT, "$server", USER, "names a user.*take user and password out of api.api_server"),
+    (SCRIPT, "$server", {"CLEARML_API_HOST": "http://127.0.0.1:99999"}, "no valid address; write http://host:port or"),
     (SCRIPT, f"$server {TARGET}", {}, ORIGIN),
     (SCRIPT, "$server", UNDEFINED, r"api.files_server is 'undefined': no address.*\[CLEARML_FILES_HOST, environment\]"),
     (SCRIPT, "$server", DEAD, r"no storage at http://127.0.0.1:[0-9]+: .*\[CLEARML_FILES_HOST, environment\]"),
