@@ -320,7 +320,8 @@ def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
     wanted, source = urlsplit(uri).netloc, in_file(ENTRIES)
     host, _, port = wanted.partition(":")
     try:
-        hosts = [str(item["host"]) for item in sdk.setting(ENTRIES, None) or [] if item.get("host")]
+        items = [item for item in sdk.setting(ENTRIES, None) or [] if item.get("host", "")]
+        hosts = [str(item["host"]) for item in items]
         entry, listed = sdk.s3_entry(uri)
     except Exception as error:  # of all kinds, for all that can stand there
         cure = f"correct {ENTRIES}; host is host:port without http://"
@@ -335,7 +336,9 @@ def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
         return entry, source if listed else "", None
     why = f"there is one for {near or hosts[0]!r}" if hosts else "there are none"
     cure = f'add one with host: "{wanted}"'
-    if wanted in hosts:
+    if buckets := [repr(str(item["bucket"])) for item in items if item["host"] == wanted and item.get("bucket", "")]:
+        why, cure = f"there is one for the bucket {' and '.join(buckets)} only", "leave bucket out, or add an entry"
+    elif wanted in hosts:
         why, cure = "dropped in silence, without key and secret", "add key and secret, or use_credentials_chain: true"
     elif sdk.setting(f"sdk.{ENTRIES}", None):  # pasted inside of the section, with the whole name
         why, cure = f"they stand at sdk.{ENTRIES}", "append them at the end of the file, outside all braces"

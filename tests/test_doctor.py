@@ -201,10 +201,12 @@ STORES = [
     # What is wrong with the entry in clearml.conf.
     Tried("rclone", "entry", 'failed: .*is taken for {host}.*write host: "{host}"', {"host": "127.0.0.1"}),
     Tried("rclone", "entry", 'failed: .*for .127.0.0.1:1.*add one with host: "{host}"', {"host": "127.0.0.1:1"}),
+    Tried("rclone", "entry", "failed: .*for the bucket 'other' only.*leave bucket out", {"bucket": "other"}),
     Tried("rclone", "entry", "failed: .*dropped in silence.*use_credentials_chain", {"key": None}),
     Tried("rclone", "entry", "failed: the SDK cannot use .*without http://", {"host": "http://127.0.0.1:1"}),
     Tried("rclone", "entry", "failed: bucket 'mod' is taken for .*write the whole name", {"bucket": "mod"}),
     Tried("rclone", "entry", "failed: .*at sdk.sdk.aws.s3.cred.*end of the file, outside all braces", {"pasted": True}),
+    Tried("rclone", "object", "ok", {"host": None, "bucket": "models"}, {"AWS_ENDPOINT_URL": "http://{host}"}, AWS),
     # What some stores demand, and others do not know.
     Tried("rclone", "object", "ok", rule="^404 |list-type"),  # without the permission s3:ListBucket
     Tried("gcs", "object", "ok", None, rule="/b/models[ ?]"),  # Google's role storage.objectAdmin
