@@ -325,7 +325,8 @@ def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -
 
     `lost`: what the SDK logged. Of an upload that fails, it raises no more than "Upload failed".
     """
-    target = ["--output-uri", output_uri] if output_uri else []
+    # The file server is no argument of the doctor's, but what it looks at without one.
+    target = ["--output-uri", output_uri] if output_uri and not output_uri.startswith("http") else []
     find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
     code = getattr(error, "code", 1)
     if isinstance(error, KeyboardInterrupt):

@@ -125,6 +125,7 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
     run = begin("--dry-run", "--output-uri", uri)
     assert run.end() == 1, run.everything
     assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes, and not \d+", run.line), run.line
+    assert ("--output-uri" in run.line) == (kind != "file server")  # of which the doctor takes no address
     assert server.tasks[run.task]["status"] == "failed"
 
 
