@@ -107,6 +107,12 @@ def image_addresses(task: str) -> set[str]:
 
 
 # --- tasks and what they own ----------------------------------------------------------------------------------------
+def is_empty(folder: Path) -> bool:
+    with suppress(OSError):  # it cannot be listed, or is gone
+        return not any(folder.iterdir())
+    return False
+
+
 def find_store(address: str, folders: list[Path]) -> tuple[Store, str]:
     """Find the store of an address, as the SDK's configuration has it, and the key there. Raise RunError."""
     address = sdk.canonical(address)
@@ -116,6 +122,8 @@ def find_store(address: str, folders: list[Path]) -> tuple[Store, str]:
         path = path.parent.resolve() / path.name  # of a link only the link is removed
         for folder in folders:
             if path.is_relative_to(folder):
+                if is_empty(folder):  # all its objects would count as missing, and their records would go
+                    raise StorageError(f"{folder} is empty: is it mounted?", "mount it, or put any file there")
                 return Folder(str(folder)), str(path)
         raise KeepTask(f"file://{path} is not below a --folder")
     if scheme == "azure":  # where "not there" and "forbidden" look alike

@@ -432,6 +432,20 @@ def test_kill_9_at_any_step_leaves_nothing_that_the_next_run_does_not_find(lab: 
     assert not [*lab.folder.rglob("victim*")]
 
 
+def test_a_task_stays_whose_folder_is_not_mounted(lab: Lab) -> None:
+    """Then the point where it is mounted is there, and empty."""
+    lab.full_task("first", "folder")
+    before, away = lab.left(), lab.folder.with_name("unmounted")
+    lab.folder.rename(away)
+    lab.folder.mkdir()
+    assert "is empty: is it mounted?" in lab.delete("--folder", lab.folder, code=1)
+    lab.folder.rmdir()
+    away.rename(lab.folder)
+    assert lab.left() == before
+    lab.delete("--folder", lab.folder)
+    assert lab.left() == ([], [], [])
+
+
 def test_a_task_that_changes_after_it_was_listed_stays(lab: Lab) -> None:
     changed = [lab.full_task("published"), lab.full_task("no longer archived")]
     lab.full_task("the newest, which goes first")
