@@ -48,7 +48,6 @@ import pytorch_mnist
 EPOCH = re.compile(r"epoch (\d+)/\d+ .*test accuracy ([\d.]+)%.* ([\d,]+) images/s")
 SCRIPT = [sys.executable, str(ROOT / "pytorch_mnist.py")]
 RECIPES = [sys.executable, str(ROOT / "benchmarks/recipes.py")]
-TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", SCRIPT[1]]
 IMPORTS = [sys.executable, "-c", "import torch, torchvision, clearml"]
 NAMES = {
     "reference": "ClearML's example",
@@ -164,9 +163,7 @@ def data_seconds() -> float:
 
 def measure(quick: bool) -> tuple[dict[str, list[Run]], dict[str, float]]:
     """All runs, and the figures that are no run's. They alternate, so that a machine's slow minutes hit all of them."""
-    runs: dict[str, list[Run]] = {
-        name: [] for name in (*NAMES, "imports", "dry", "long", "one process", "two processes")
-    }
+    runs: dict[str, list[Run]] = {name: [] for name in (*NAMES, "imports", "dry", "long")}
     with ExitStack() as stack:
         stack.callback(keep())
         bench = Bench(stack)
@@ -175,8 +172,6 @@ def measure(quick: bool) -> tuple[dict[str, list[Run]], dict[str, float]]:
             runs["one"].append(bench.run(SCRIPT, "--seed", seed, "--epochs", 1))
             runs["imports"].append(bench.run(IMPORTS))
             runs["dry"].append(bench.run(SCRIPT, "--dry-run"))
-            for name, command in (("one process", SCRIPT), ("two processes", TORCHRUN)):
-                runs[name].append(bench.run(command, "--seed", seed, "--epochs", 1, OMP_NUM_THREADS="1"))
             if seed == (1 if quick else 2):
                 runs["reference"].append(bench.run(RECIPES, "clearml", "--epochs", 1 if quick else 10))
             if seed == 4:  # of its 14 epochs the first 4, with the same schedule: they come near 99 %
@@ -216,11 +211,6 @@ def ratios(runs: dict[str, list[Run]], figures: dict[str, float]) -> list[tuple[
             (f"images per second, script ÷ {NAMES[name]}", f"{speed('script') / speed(name):.1f}", ""),
         ]
     rows += [
-        (
-            "images per second, 2 processes ÷ 1, of a thread each",
-            f"{speed('two processes') / speed('one process'):.2f}",
-            "",
-        ),
         ("training loop ÷ bare steps on one batch", f"{figures['loop share']:.1%}", "95 %"),
         ("whole process less data and training", f"{overhead:.1f} s", "4 s"),
         ("the same, less the imports alone", f"{overhead - imports:.1f} s", "1.3 s"),
