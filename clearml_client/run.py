@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,6 +60,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         self.stored = ""  # address of what verify_upload has verified
 
     def __enter__(self) -> "guard":
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("run.guard handles signals, which only the main thread of a process can")
         if ending.used:
             raise SystemExit("run.guard was used before in this process, and a process has one run")
         ending.used = True
@@ -175,7 +178,12 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                 if self.output_uri and raised_in_library(error):
                     storage.check_access(self.output_uri)  # knows better why not
                 raise
+            if task := Task.current_task():
+                task.flush(wait_for_uploads=True)  # of one that goes on in the background, the address comes last
             addresses = [address for address in stored_objects() if unquote(address).endswith(f"/{path.name}")]
+            if not path.exists():
+                cure = "update_weights(..., auto_delete_file=False) keeps it"
+                raise RunError(f"{path} was removed before it could be compared with what is stored", cure)
             same = [address for address, store in opened(addresses) if store.matches(store.key(address), path)]
             if not same:
                 raise RunError("what is stored there differs" if addresses else "no address of it is recorded")
@@ -334,7 +342,7 @@ def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -
     elif isinstance(error, SystemExit) and isinstance(code, str):
         ending.say(f"error: {code}", 1, "failed")  # of the script: sys.exit("what is wrong")
     elif isinstance(error, SystemExit):
-        number = code if isinstance(code, int) else 1
+        number = code if isinstance(code, int) and code & 255 else 1  # of 256 the system makes 0
         ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
     elif isinstance(error, RunError):
         ending.say(f"error: {error.whole()}", code, "failed", error.more + find * error.doctor)

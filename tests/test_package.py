@@ -189,6 +189,31 @@ print("ended by", child.wait(), forked.exitcode)"""
     assert "ended by -15 -15" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("left_out", "code", "words"),
+    [
+        ("async_enable=False", 0, ""),
+        (
+            "auto_delete_file=False, async_enable=False",
+            1,
+            "line.pt was removed before .*auto_delete_file=False. keeps it",
+        ),
+    ],
+)
+def test_an_upload_in_the_background_is_waited_for(
+    write: Write, machine: Machine, stand_in: ClearMLServer, left_out: str, code: int, words: str
+) -> None:
+    """By default update_weights() uploads there, and removes the file."""
+    machine.configure(stand_in.configuration())
+    script = write()
+    text = script.read_text()
+    assert text.count(f", {left_out})") == 1
+    script.write_text(text.replace(f", {left_out})", ")"))
+    run = machine.run(script)
+    assert run.returncode == code, run.everything
+    assert re.search(words, (run.stderr.splitlines() or [""])[-1]), run.stderr
+
+
 def test_copied_it_fails_fast_and_the_doctor_is_there(write: Write, machine: Machine, stand_in: ClearMLServer) -> None:
     machine.configure(stand_in.configuration().replace(stand_in.api_url, f"http://127.0.0.1:{free_port()}"))
     run = machine.run(write())
