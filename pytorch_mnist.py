@@ -168,7 +168,7 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
         begin = time.perf_counter()
         train_loss = train(args, parts, images, labels, epoch, augmentation["shift"])
         speed = round(len(images) / (time.perf_counter() - begin))
-        _, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
+        log_probs, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
         if not math.isfinite(train_loss + test_loss):
             sys.exit(f"the loss is {train_loss + test_loss} in epoch {epoch}: try a smaller --lr")
         logger.report_scalar("loss", "train", train_loss, epoch * steps)
@@ -178,8 +178,8 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
         checkpoint.save(folder / "checkpoint.pt", args, task.id, epoch, parts)
         losses = f"train loss {train_loss:.4f}  test loss {test_loss:.4f}"
         print(f"epoch {epoch}/{epochs}  {losses}  test accuracy {accuracy:.2%}  {speed:,} images/s")
-
-    log_probs, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
+    if progress.epoch == epochs:  # resumed with all epochs done
+        log_probs, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
     model = folder / "model.pt"
     checkpoint.save_atomically(net.state_dict(), model)
     with guard.verify_upload(model):  # then reads it back and compares it byte by byte
