@@ -64,8 +64,9 @@ def prepare_environment() -> None:
             os.environ[name] = re.sub(r"""^\s*(["']?)(.*?)\1\s*$""", r"\2", value, flags=re.DOTALL)
             if name.startswith("AWS_") and not os.environ[name]:  # boto3 looks for a profile without a name
                 del os.environ[name]
-    # Torch's threads spin while they wait. On 2 cores, images per second with 30000 spins, 1000 and 0: alone 10,400,
-    # 10,200 and 9,000; beside one busy process 1,300, 4,800 and 4,800.
+    # Torch's threads spin while they wait. On 2 cores, images per second with 30000, 3000, 1000 and 0 spins: alone
+    # 15,800, 14,700, 16,700 and 11,500; beside one busy process 1,500, 4,500, 6,300 and 6,400; three runs side by side
+    # stuck, 10,400, 12,000 and 13,600 in all.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if (allowed := cpu_quota()) and allowed < len(os.sched_getaffinity(0)):  # of which torch knows by itself
