@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""The two recipes that compare.py holds the example against, reported to ClearML as their readers would do it.
+"""The recipes that compare.py compares the example with, reported to ClearML as their readers would do it.
 
     python benchmarks/recipes.py clearml            # clearml/clearml, examples/frameworks/pytorch/pytorch_mnist.py
     python benchmarks/recipes.py pytorch-examples   # pytorch/examples, mnist/main.py
+    python benchmarks/recipes.py dataloader         # the example's own network and recipe, its data as they have it
 
-Networks, optimisers and figures are theirs, the words are our own. Images go through PIL transforms in a DataLoader, as
-they do there. One thing is to their advantage: the training set is shuffled (pytorch/examples does not do it on a CPU).
+Networks, optimisers and figures of the first two are theirs, the words are our own. Images go through PIL transforms in
+a DataLoader, as they do there. One thing is to their advantage: the training set is shuffled (pytorch/examples does not
+do it on a CPU).
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import torch
 from clearml import Task
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -29,8 +32,18 @@ ROOT = Path(__file__).resolve().parent.parent
 class Recipe:
     net: Callable[[], nn.Sequential]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    gamma: float  # factor on the learning rate after each epoch
+    schedule: Callable[[torch.optim.Optimizer, int, int], LRScheduler]  # with steps an epoch and epochs; a step a batch
     epochs: int
+    batch_size: int = 64
+    augmentation: tuple[nn.Module, ...] = ()
+
+
+def own_net() -> nn.Sequential:
+    """Return the example's network. Its import also sets how CPU threads wait, so the others do without."""
+    sys.path.insert(0, str(ROOT))
+    from pytorch_mnist import Net
+
+    return Net()
 
 
 RECIPES = {
@@ -41,7 +54,7 @@ RECIPES = {
             *(nn.Flatten(), nn.Linear(4 * 4 * 50, 500), nn.ReLU(), nn.Linear(500, 10)),
         ),
         lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5),
-        gamma=1,
+        lambda optimizer, steps, epochs: StepLR(optimizer, steps, gamma=1),
         epochs=10,
     ),
     "pytorch-examples": Recipe(
@@ -50,8 +63,16 @@ RECIPES = {
             *(nn.Flatten(), nn.Linear(12 * 12 * 64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
         ),
         lambda net: torch.optim.Adadelta(net.parameters(), lr=1.0),
-        gamma=0.7,
+        lambda optimizer, steps, epochs: StepLR(optimizer, steps, gamma=0.7),
         epochs=14,
+    ),
+    "dataloader": Recipe(
+        own_net,
+        lambda net: torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        lambda optimizer, steps, epochs: OneCycleLR(optimizer, 0.3, steps * epochs, cycle_momentum=False),
+        epochs=3,
+        batch_size=128,
+        augmentation=(transforms.RandomCrop(28, padding=1),),
     ),
 }
 
@@ -69,13 +90,15 @@ def main() -> None:
     task = Task.init("benchmark", args.recipe, reuse_last_task_id=False, output_uri=args.output_uri or None)
     logger = task.get_logger()
 
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    train_set, test_set = (datasets.MNIST(ROOT / "data", train, transform, download=True) for train in (True, False))
-    loader, test_loader = DataLoader(train_set, 64, shuffle=True), DataLoader(test_set, 1000)
+    to_input = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    augmented, plain = transforms.Compose([*recipe.augmentation, *to_input]), transforms.Compose(to_input)
+    train_set = datasets.MNIST(ROOT / "data", True, augmented, download=True)
+    test_set = datasets.MNIST(ROOT / "data", False, plain, download=True)
+    loader, test_loader = DataLoader(train_set, recipe.batch_size, shuffle=True), DataLoader(test_set, 1000)
     net = recipe.net()
     optimizer = recipe.optimizer(net)
-    schedule: LRScheduler = StepLR(optimizer, 1, gamma=recipe.gamma)
     epochs = args.epochs or recipe.epochs
+    schedule = recipe.schedule(optimizer, len(loader), epochs)
     for epoch in range(1, epochs + 1):
         begun = time.perf_counter()
         net.train()
@@ -84,10 +107,10 @@ def main() -> None:
             loss = functional.cross_entropy(net(images), labels)
             loss.backward()
             optimizer.step()
+            schedule.step()
             if batch % 10 == 0:
                 logger.report_scalar("train", "loss", loss.item(), (epoch - 1) * len(loader) + batch)
         speed = len(train_set) / (time.perf_counter() - begun)
-        schedule.step()
         net.eval()
         with torch.no_grad():
             hits = sum(int((net(images).argmax(1) == labels).sum()) for images, labels in test_loader)

@@ -34,6 +34,7 @@ def save_atomically(content: object, path: Path) -> None:
     """Save with torch.save, all or nothing: whatever dies meanwhile, the file at `path` is whole. Raise RunError."""
     part = path.with_suffix(".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(content, file)
             file.flush()

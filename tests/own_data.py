@@ -17,10 +17,10 @@ def load_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(labels: Tensor) -> Tensor:
-    """Images [N, 28, 28] uint8: label 0 is one slice of twelve, label 11 all. Each is turned by an angle of its own."""
+    """Draw images [N, 1, 28, 28] uint8: label 0 is one slice of twelve, label 11 all; each turned by its own angle."""
     images = []
     for angle, label in enumerate(labels.tolist()):
         picture = Image.new("L", (28, 28))
         ImageDraw.Draw(picture).pieslice((4, 4, 23, 23), angle, angle + 30 * (label + 1), fill=255)
-        images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(28, 28))
+        images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 28, 28))
     return torch.stack(images)

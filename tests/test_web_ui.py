@@ -197,7 +197,7 @@ def has_the_picture(shown: Shown) -> None:
     for label, prediction in np.ndindex(count, count):
         those = (shown.labels.numpy() == label) & (shown.prediction == prediction)
         surest = those & (shown.confidence == shown.confidence[those].max(initial=0))
-        choice = shown.images.numpy()[surest] if those.any() else np.full((1, 28, 28), 255)
+        choice = shown.images.numpy()[surest, 0] if those.any() else np.full((1, 28, 28), 255)
         assert (choice == pixels[28 * label :, 28 * prediction :][:28, :28]).all(axis=(1, 2)).any()
 
 
