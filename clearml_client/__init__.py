@@ -9,21 +9,15 @@
         task = Task.init("project", "task", output_uri=guard.output_uri)
         ...
 
-Two commands: `uv run -m clearml_client.doctor` and `uv run -m clearml_client.cleanup`. Each module says what it is for.
 Imports go one way: doctor, cleanup, checkpoint -> run -> storage, server, agent -> configuration, errors -> sdk.
 """
 
 import math
-import multiprocessing
 import os
 import re
 import sys
-import tempfile
-from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import dotenv
 from dotenv.parser import parse_stream
@@ -43,11 +37,9 @@ for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: the 
 def prepare_environment() -> None:
     """Read the .env beside this package, and prepare the environment for `import clearml`, which reads it.
 
-    A variable that is set already wins over the file. An unusable file is an error of the run, which
-    `configuration.check` raises, since here nobody could tell it in one line.
+    A variable that is set already wins over the file. For a file that cannot be used, `configuration.check` raises.
     """
     global dotenv_problem
-    sys.excepthook = shorten_interrupt
     try:
         text = DOTENV.read_text(encoding="utf-8-sig") if DOTENV.is_file() else ""
         bad = [binding.original.line for binding in parse_stream(StringIO(text)) if binding.error]
@@ -64,9 +56,7 @@ def prepare_environment() -> None:
             os.environ[name] = re.sub(r"""^\s*(["']?)(.*?)\1\s*$""", r"\2", value, flags=re.DOTALL)
             if name.startswith("AWS_") and not os.environ[name]:  # boto3 looks for a profile without a name
                 del os.environ[name]
-    # Torch's threads spin while they wait. On 2 cores, images per second with 30000, 3000, 1000 and 0 spins: alone
-    # 15,800, 14,700, 16,700 and 11,500; beside one busy process 1,500, 4,500, 6,300 and 6,400; three runs side by side
-    # stuck, 10,400, 12,000 and 13,600 in all.
+    # Torch's threads spin while they wait: by default so long that programs side by side stop each other (see README).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if (allowed := cpu_quota()) and allowed < len(os.sched_getaffinity(0)):  # of which torch knows by itself
@@ -74,43 +64,12 @@ def prepare_environment() -> None:
     # The SDK merges this folder's settings below ~/clearml.conf, in which the user has the last word.
     os.environ.setdefault("CLEARML_CONFIG_PATH", str(Path(__file__).resolve().parent / "defaults"))
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # the SDK tries again by itself
-    check_places()
 
 
-def shorten_interrupt(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None, earlier: Any = sys.excepthook
-) -> None:
-    """Be `sys.excepthook`: say in one line that Ctrl-C came before the guard, while torch is imported, say."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    else:
-        earlier(kind, error, trace)
-
-
-def check_places() -> None:
-    """Exit with one line where `import clearml` would end in a traceback: it needs both at once."""
-    what, cure = "no folder for temporary files", "set TMPDIR to one that can be written"
+def cpu_quota(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPUs that a container may use, rounded up; 0: no limit. Torch would start a thread for every CPU that it sees."""
     try:
-        tempfile.gettempdir()
-        what, cure = "no semaphore can be made", "free space in /dev/shm, or mount it writable"
-        multiprocessing.get_context("fork").Lock()
-    except OSError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {what}: {error.strerror}; {cure}")
-
-
-def cpu_quota(root: Path = Path("/")) -> int:
-    """CPUs that the cgroup of a container or batch job allows in all, rounded up; 0: there is no such limit.
-
-    Torch knows nothing of it: it starts a thread for each CPU, and the kernel halts them all in turn.
-    """
-    found = []
-    with suppress(OSError):  # not Linux
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)  # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
-            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if kinds else ["cpu.max"]
-            for group in (Path(path), *Path(path).parents):  # in a container its own is the root
-                folder = root / "sys/fs/cgroup" / kinds / group.relative_to("/")
-                with suppress(OSError, ValueError):  # no such file, or "max"
-                    quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                    found.append(math.ceil(quota / period))
-    return min((quota for quota in found if quota > 0), default=0)  # version 1 has -1 for no limit
+        quota, period = map(int, limit.read_text().split())
+    except (OSError, ValueError):  # not Linux, or "max"
+        return 0
+    return math.ceil(quota / period)

@@ -13,6 +13,7 @@ import tomllib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from clearml_client import sdk, server, storage
@@ -52,6 +53,14 @@ def exclude_lock_from_diff() -> None:
     os.environ[f"GIT_CONFIG_KEY_{count}"] = "diff.pins.textconv"
     os.environ[f"GIT_CONFIG_VALUE_{count}"] = "true"
     os.environ["GIT_CONFIG_COUNT"] = str(count + 1)
+
+
+def own_modules() -> list[ModuleType]:
+    """List the modules that are neither Python's nor of an installed package."""
+    # A relative name is no file: torch.ops calls itself `_ops.py`.
+    modules = [module for module in [*sys.modules.values()] if str(getattr(module, "__file__", "")).startswith("/")]
+    installed = (sys.prefix, sys.base_prefix)
+    return [module for module in modules if not str(module.__file__).startswith(installed)]
 
 
 def check_queue(name: str) -> None:
@@ -100,10 +109,7 @@ def check_repository(script: Path) -> None:
     if not git("for-each-ref", "--contains", commit, *branches) and commit not in git("ls-remote", "--heads", "--tags"):
         raise RunError(f"the commit {commit[:10]} is not pushed: an agent cannot get it", "git push")
     tracked = {root / name for name in git("ls-files", "-z", "--full-name", str(root)).split("\0")}
-    files = [Path(file) for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
-    # A relative name is no file: torch.ops calls itself `_ops.py`.
-    used = {file.resolve() for file in files if file.is_absolute() and not file.is_relative_to(sys.prefix)}
-    used.add(script.resolve())
+    used = {script.resolve(), *(Path(str(module.__file__)).resolve() for module in own_modules())}
     missing = sorted(str(file.relative_to(root)) for file in used - tracked if file.is_relative_to(root))
     if missing:
         raise RunError(f"git does not track {', '.join(missing)}: an agent would not have it", f"git add {missing[0]}")

@@ -16,7 +16,6 @@ from clearml_client.ending import ending
 from clearml_client.errors import RunError, one_line
 
 CHANGEABLE = {"offline", "device", "data_dir", "output_dir", "output_uri"}  # in a resumed run, which keeps them if not
-PATIENCE = 5  # seconds for ClearML to send what it has to report
 flushing: threading.Thread | None = None
 
 
@@ -65,19 +64,17 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
 def flush_reports() -> None:
     """Let ClearML send what it has to report. Where the server is away, wait for it once, and not at each epoch."""
     global flushing
-    task = Task.current_task()
-    if task and not (flushing and flushing.is_alive()):
+    if (task := Task.current_task()) and not (flushing and flushing.is_alive()):
         flushing = threading.Thread(target=task.flush, kwargs={"wait_for_uploads": True}, daemon=True)
         flushing.start()
-        flushing.join(PATIENCE)
+        flushing.join(5)
 
 
 def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Progress]:
     """Parse the arguments and, with --resume, load the checkpoint, whose arguments are the defaults.
 
-    `--resume` without a path takes the newest checkpoint below --output-dir. Exit as argparse does where there is
-    none, where the run is finished, where another argument is given than the run began with, and where this machine
-    lacks the --device; with code 1 where the file is no checkpoint.
+    `--resume` without a path takes the newest checkpoint below --output-dir. Exit as argparse does, with code 2, for
+    whatever is wrong; with code 1 where the file is no checkpoint.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--resume", nargs="?", const="")
@@ -87,9 +84,9 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
         args = parser.parse_args()  # once: ClearML records what it parses
         check_device(parser, args)
         return args, Progress()
-    newest = max(given.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default=None)
-    path = Path(given.resume) if given.resume else newest
-    if path is None:
+    newest = max(given.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default="")
+    path = Path(given.resume or newest)
+    if not path.name:
         parser.error(f"argument --resume: no checkpoint below {given.output_dir}")
     model = path.with_name("model.pt")
     if not path.exists() and model.exists():

@@ -417,7 +417,7 @@ def main() -> int:
             tasks = list_tasks(project, args.older_than)
         except RunError as error:
             hint = "" if isinstance(error, UsageError) else "; find the cause: uv run -m clearml_client.doctor"
-            print(f"{NAME}: error: {one_line(error.whole(), 1000)}{hint}", file=sys.stderr)
+            print(f"{NAME}: error: {one_line(error.message(), 1000)}{hint}", file=sys.stderr)
             return error.code
         if tasks and args.delete and (args.yes or input("Delete them for good? [yes/no] ").strip().lower() == "yes"):
             delete_tasks(project, tasks)

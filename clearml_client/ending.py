@@ -1,31 +1,32 @@
 """How a run ends, whoever ends it: the script, a signal, an abort in the web UI, or a call that does not come back."""
 
 import atexit
+import builtins
 import faulthandler
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 from clearml import Task
 
 from clearml_client import sdk, server
 from clearml_client.errors import command, one_line
 
-STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up", "SIGUSR1": "stopped by SIGUSR1"}
-STOPS |= {"SIGXCPU": "out of CPU time"}  # the last three are what batch systems send
-SIGNALS = {getattr(signal, name): words for name, words in STOPS.items() if hasattr(signal, name)}
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+SIGNALS |= {signal.SIGUSR1: "stopped by SIGUSR1", signal.SIGXCPU: "out of CPU time"}  # of batch systems
+POKE = signal.SIGURG  # of our own: it does nothing to who does not listen
 LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
 SCRIPT = Path(sys.argv[0])
 OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
@@ -38,8 +39,6 @@ class Stopped(KeyboardInterrupt):
 class Ending:
     """The one end of a run. Who says it first decides how it ends."""
 
-    last_resort: threading.Timer | None = None
-
     def __init__(self) -> None:
         self.checkpoint: Path | None = None  # to go on from
         self.used = False  # by a guard
@@ -48,14 +47,13 @@ class Ending:
         self.unwinding = threading.Event()  # the main thread is on its way out
         self.claiming, self.settling = threading.Lock(), threading.Lock()
         self.code, self.status, self.reason = 0, "", ""
+        self.last_resort: threading.Timer | None = None  # it ends the process
 
     def say(self, what: str, code: int, status: str, hint: str = "", seconds: float = 30) -> bool:
         """Print the last line, and see that the process ends in so many seconds. Return False if it was said before."""
         if not self.claim(code, status, one_line(what, 1000)):
             return False
-        self.last_resort = threading.Timer(seconds, abandon, [code])
-        self.last_resort.daemon = True
-        self.last_resort.start()
+        self.last_resort = start_timer(seconds, partial(abandon, code))
         with suppress(OSError, ValueError):
             print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
         return True
@@ -93,24 +91,35 @@ class Ending:
                 with redirect_stdout(StringIO()):  # nothing comes after the last line
                     task.close()
                 return
-            sdk.forget_exit_handler(task)
+            sdk.disarm(task)
             server.ping()  # or the calls would wait
             if self.status == "failed":
                 task.mark_failed(status_reason=self.reason, status_message=self.reason, force=True)
             elif not self.aborted:
                 task.mark_stopped(force=True, status_message=self.reason)
             task.flush()
+            if in_notebook():  # where the next Task.init would return this one
+                sdk.close_unchanged(task)
 
-    def hang(self, what: str, seconds: float) -> None:
-        """End a run that waits for something for too long."""
-        folder = self.checkpoint.parent if self.checkpoint else Path(tempfile.gettempdir())
-        stacks = folder / f"stacks-{os.getpid()}.txt"
-        with suppress(OSError), open(stacks, "w") as file:  # of a full disk
-            faulthandler.dump_traceback(file, all_threads=True)
-        what = f"error: {what}: no answer for {seconds:g} s; where each thread stands is in {stacks}"
-        if self.say(what, 1, "failed", seconds=5):
+    def end_hung(self, what: str, seconds: float) -> None:
+        """End a run that waits for something for too long; the stacks of all threads tell where."""
+        faulthandler.dump_traceback(file=2)
+        if self.say(f"error: {what}: no answer for {seconds:g} s; the stacks above tell where", 1, "failed", seconds=5):
             self.settle()
             abandon(1)
+
+
+def in_notebook() -> bool:
+    """Tell Jupyter and IPython's %run, where the process goes on."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
+def start_timer(seconds: float, call: Callable[[], None]) -> threading.Timer:
+    """Call this in so many seconds, unless the timer is cancelled, or the process has ended."""
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 ending = Ending()
@@ -125,16 +134,12 @@ def abandon(code: int) -> None:
 
 @contextmanager
 def limit(seconds: float, what: str) -> Iterator[None]:
-    """End the process, with exit code 1 and the stacks of all threads in a file, where the block takes longer."""
-    timer = threading.Timer(seconds, ending.hang, [what, seconds])
-    timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)  # where even the interpreter's lock is held
+    """End the process, with exit code 1 and the stacks of all threads, where the block takes longer."""
+    timer = start_timer(seconds, partial(ending.end_hung, what, seconds))
     try:
         yield
     finally:
         timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
 
 
 class Watcher:
@@ -148,26 +153,26 @@ class Watcher:
         self.receiver, self.sender = socket.socketpair()
         self.receiver.settimeout(0.2)
         self.sender.setblocking(False)
-        self.open, self.raising, self.own_signals = True, False, 0
-        self.earlier = {number: signal.getsignal(number) for number in SIGNALS}
+        self.open, self.raising = True, False
+        self.earlier = {number: signal.getsignal(number) for number in (*SIGNALS, POKE)}
         if self.earlier[signal.SIGHUP] is signal.SIG_IGN:  # nohup
             del self.earlier[signal.SIGHUP]
         self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
-        self.listen()
-        self.process, self.earlier_hook, sys.excepthook = os.getpid(), sys.excepthook, self.quiet_hook
+        self.handle_signal()
+        sys.excepthook = partial(hide_broken_connection, os.getpid(), sys.excepthook)
         # Until a child has handlers of its own, a signal to it would come to this process's socket.
-        block, unblock = partial(self.mask, signal.SIG_BLOCK), partial(self.mask, signal.SIG_UNBLOCK)
-        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=self.leave_child_alone)
-        os.register_at_fork(after_in_child=unblock)
+        unblock = partial(self.mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(after_in_child=self.restore_signals_in_child)
+        os.register_at_fork(before=self.prepare_fork, after_in_parent=unblock, after_in_child=unblock)
         threading.Thread(target=self.watch, daemon=True, name="guard").start()
 
-    def listen(self, _: int = 0, frame: FrameType | None = None) -> None:
+    def handle_signal(self, _: int = 0, frame: FrameType | None = None) -> None:
         """Handle a signal in the main thread. The watcher has it already, and says when to stop.
 
         Not in the guard's own first and last steps, which would not catch what is raised here.
         """
         for number in self.earlier:  # again: Task.init has handlers of its own
-            signal.signal(number, self.listen)
+            signal.signal(number, self.handle_signal)
         names = {each.f_code.co_qualname for each, _ in traceback.walk_stack(frame)}
         in_own_steps = names & OWN_STEPS and not names & INTERRUPTIBLE
         if self.raising and not ending.unwinding.is_set() and not in_own_steps:
@@ -175,28 +180,26 @@ class Watcher:
             raise Stopped
 
     def interrupt(self) -> None:
-        """Have `listen` called in the main thread, also where it waits."""
-        if not self.open:
-            return
-        self.own_signals += 1
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        """Have `handle_signal` called in the main thread, also where it waits."""
+        if self.open:
+            signal.pthread_kill(threading.main_thread().ident or 0, POKE)
+
+    def prepare_fork(self) -> None:
+        if self.open and (task := Task.current_task()):
+            sdk.wait_for_repository(task)
+        self.mask(signal.SIG_BLOCK)
 
     def mask(self, how: int) -> None:
         if self.open:
             signal.pthread_sigmask(how, SIGNALS)
 
-    def leave_child_alone(self) -> None:
+    def restore_signals_in_child(self) -> None:
         """In a forked process, signals are its own; but Ctrl-C is this process's, which ends its workers."""
         if self.open:
             signal.set_wakeup_fd(-1)
             for number, earlier in self.earlier.items():
                 # A function, which a program that the child starts does not inherit, as it would SIG_IGN.
                 signal.signal(number, (lambda *_: None) if number == signal.SIGINT else earlier)
-
-    def quiet_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Say nothing of a connection to this process that breaks in a worker: the run ends, and has its own line."""
-        if not self.open or os.getpid() == self.process or not issubclass(kind, (ConnectionError, EOFError)):
-            self.earlier_hook(kind, error, trace)
 
     def close(self) -> None:
         self.open = False
@@ -207,18 +210,15 @@ class Watcher:
 
     def watch(self) -> None:
         call, since = "", 0.0
-        while True:
-            try:
-                if not (received := self.receiver.recv(1)):
-                    self.receiver.close()
-                    return
-                self.receive(received[0])
-            except TimeoutError:
-                pass
+        while self.open:
+            with suppress(TimeoutError):
+                for number in self.receiver.recv(1):
+                    if number in SIGNALS:
+                        self.stop(signal.Signals(number))
             if (now := call_in_main_thread()) != call:
                 call, since = now, time.monotonic()
             elif call and time.monotonic() - since > LIMITS[call]:
-                ending.hang(f"Task.{call} waits for the ClearML server", LIMITS[call])
+                ending.end_hung(f"Task.{call} waits for the ClearML server", LIMITS[call])
             if not ending.task and not call and (task := Task.current_task()):
                 ending.task = task
                 self.interrupt()  # to listen again
@@ -226,19 +226,16 @@ class Watcher:
                     # It asks the server, and signals must be seen meanwhile.
                     register = partial(task.register_abort_callback, self.abort)
                     threading.Thread(target=register, daemon=True, name="guard-abort").start()
+        self.receiver.close()
 
-    def receive(self, number: int) -> None:
-        if number == signal.SIGUSR1 and self.own_signals:
-            self.own_signals -= 1
-        elif number in SIGNALS:
-            words = "aborted in the web UI" if ending.aborted else SIGNALS[signal.Signals(number)]
-            # By SIGTERM torchrun ends the other processes of a run of which one has failed.
-            failed = words == "terminated" and "TORCHELASTIC_RUN_ID" in os.environ
-            words += " by torchrun" * failed
-            if ending.say(words, 128 + number, "failed" if failed else "stopped", seconds=8):
-                self.stop_main_thread()
-
-    def stop_main_thread(self) -> None:
+    def stop(self, number: signal.Signals) -> None:
+        """Say it, and interrupt the main thread."""
+        words = "aborted in the web UI" if ending.aborted else SIGNALS[number]
+        # By SIGTERM torchrun ends the other processes of a run of which one has failed.
+        failed = words == "terminated" and "TORCHELASTIC_RUN_ID" in os.environ
+        words += " by torchrun" * failed
+        if not ending.say(words, 128 + number, "failed" if failed else "stopped", seconds=8):
+            return
         deadline = time.monotonic() + 4
         while call_in_main_thread() == "init" and time.monotonic() < deadline:
             time.sleep(0.1)  # half made, a task could not be marked as stopped
@@ -256,6 +253,12 @@ class Watcher:
         ending.aborted = True
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
+
+
+def hide_broken_connection(process: int, earlier: Callable[..., None], kind: type[BaseException], *more: Any) -> None:
+    """Be `sys.excepthook`: where a worker's connection to this process breaks, the run ends, and says so itself."""
+    if os.getpid() == process or not issubclass(kind, (ConnectionError, EOFError)):
+        earlier(kind, *more)
 
 
 def call_in_main_thread() -> str:

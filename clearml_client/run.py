@@ -1,19 +1,11 @@
 """One guard around a run: it checks what the run needs, verifies what it stored, and ends with the true exit code.
 
-    with run.guard("s3://host:port/bucket/path") as guard:  # configuration, server and storage work, or the run ends
-        task = Task.init("project", "task", output_uri=guard.output_uri)
-        ...
-        with guard.verify_upload(Path("model.pt")):  # afterwards these very bytes are in the storage
-            OutputModel(task).update_weights("model.pt", async_enable=False)
-    # the task is complete on the server, and so is all that it stored
-
-However the run ends, one line on stderr says what happened and what is saved, the task has the true status, and
-nothing waits for ever. Exit codes: 0 all is done and verified; 1 a failure; 2 wrong use; 128 + number for a signal: 130
-Ctrl-C, 143 SIGTERM or an abort in the web UI. `sys.exit(n)` stays n.
+How it is used, and what it promises, is in README.md beside this file: however the run ends, one line on stderr says
+what happened and what is saved, the task has the true status, and nothing waits for ever.
 """
 
-import builtins
 import errno
+import gc
 import logging
 import os
 import re
@@ -21,30 +13,29 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from types import ModuleType, TracebackType
+from typing import NoReturn
 from urllib.parse import unquote
 
 from clearml import Task
 
 from clearml_client import agent, configuration, sdk, server, storage
 from clearml_client.configuration import FILES, origin
-from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, limit
+from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, in_notebook, limit
 from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # Set by a program with a task that started this one: the SDK would take that task for this run's.
 MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
+MACHINE = ["ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EEXIST"]  # disk full, wrong place
 MISTAKES = (TypeError, LookupError, AttributeError, AssertionError)  # the script's, wherever they are raised
 
 
 class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress is
-    """Around the whole run, Task.init included. Whatever happens inside, the run ends as this module promises.
+    """Around the whole run, Task.init included.
 
     Before the block: configuration and server work, or the session is an offline one; the task to resume can go on;
     the queue is there, and an agent will find what the script needs; the storage takes a small object, gives it back
@@ -53,6 +44,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
 
     output_uri = ""  # where the run stores everything; "" in an offline session that stores nothing elsewhere
     task_id: str | bool = False  # of the task that is resumed; False: a new one
+    kept: Sequence[ModuleType] = ()
 
     def __init__(self, output_uri: str = "", offline: bool = False, queue: str | None = None, resume: str = "") -> None:
         self.given, self.offline, self.queue, self.resume = output_uri, offline, queue, resume
@@ -66,7 +58,12 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             raise SystemExit("run.guard was used before in this process, and a process has one run")
         ending.used = True
         escape_unencodable(line_buffering=True)  # a log file shows each line at once
-        outlive_readers()
+        if "triton" not in sys.modules and not in_notebook():  # triton tells of all its objects that were not freed
+            # Modules live to the end. The collector need not look at them, which took a second there, and workers that
+            # are forked share them. What has the script's own modules makes the interpreter clear them: the cycles in
+            # them would stay, and an open file would not get the rest of what was written to it.
+            gc.freeze()
+            self.__class__.kept = [sys.modules["__main__"], *agent.own_modules()]
         self.watcher = Watcher()
         try:
             self.prepare()
@@ -81,24 +78,54 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     ) -> None:
         if os.getpid() != self.process:  # a forked child, whose end is its own
             return
-        if not error or (isinstance(error, SystemExit) and error.code in (None, 0)):
-            try:
-                self.finish()
-            except BaseException as problem:
-                error = problem
-            else:
-                self.release()
-                return
-        self.leave(error)
+        if error and not (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.leave(error)
+        try:
+            self.finish()
+        except BaseException as problem:
+            self.leave(problem)
+        self.release()
 
     def leave(self, error: BaseException) -> NoReturn:
-        """End a run that is not complete."""
+        """End a run that is not complete: say why, give the task its status, and leave with the exit code."""
         ending.unwinding.set()
-        try:
-            end_early(error, self.output_uri or self.given, self.lost.messages)
-        finally:
-            if in_notebook():
-                self.release()
+        self.tell(error)
+        ending.settle()
+        code, stopped = ending.code, ending.status == "stopped"
+        if in_notebook():
+            self.release()
+        if stopped and not Task.running_locally():
+            # An agent takes every exit code for a failure, and an interrupt for a stop (clearml-agent 3.0.3).
+            sys.excepthook = lambda *_: None
+            raise KeyboardInterrupt
+        raise SystemExit(code) from None
+
+    def tell(self, error: BaseException) -> None:
+        """Say in one line what happened; for a mistake of the script, after its traceback."""
+        uri = self.output_uri or self.given
+        # The file server is no argument of the doctor's, but what it looks at without one.
+        target = ["--output-uri", uri] if uri and not uri.startswith("http") else []
+        find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
+        if isinstance(error, sdk.ERRORS):
+            error = server.refusal(error)
+            error.doctor = True
+        code = getattr(error, "code", 1)
+        if isinstance(error, KeyboardInterrupt):
+            ending.say("interrupted", 128 + signal.SIGINT, "stopped", seconds=8)
+        elif isinstance(error, SystemExit) and isinstance(code, str):
+            ending.say(f"error: {code}", 1, "failed")  # of the script: sys.exit("what is wrong")
+        elif isinstance(error, SystemExit):
+            number = code if isinstance(code, int) and code & 255 else 1  # of 256 the system makes 0
+            ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
+        elif isinstance(error, RunError):
+            ending.say(f"error: {error.message()}", code, "failed", find * error.doctor)
+        elif errno.errorcode.get(getattr(error, "errno", 0)) in MACHINE or raised_in_library(error):
+            # Of an upload that fails, the SDK raises no more than "Upload failed", and logs why.
+            said = ": ".join([str(error), *self.lost.messages[:1]])
+            ending.say(f"error: {one_line(said, 1000)}", 1, "failed", find * bool(self.lost.messages))
+        else:
+            traceback.print_exception(error)
+            ending.say(f"error: {type(error).__name__}, see above", 1, "failed")
 
     def release(self) -> None:
         """Leave nothing of the guard behind: the process goes on, and a notebook may have another run."""
@@ -132,12 +159,12 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             Task.set_offline(True)
             self.output_uri = self.check_storage(self.given) if self.given else ""
             return
-        with explained(doctor=True, more="; or go without: --offline"):
+        with explained(doctor=True):
             server.session()  # it answers, and the keys are good
             server.web_page()  # which Task.init prints
         if self.resume and not self.resume.startswith("offline-"):
             self.task_id = self.resume
-            refuse_finished(self.resume)
+            check_resumable(self.resume)
         if self.queue:
             agent.check_queue(self.queue)
             agent.check_repository(SCRIPT)
@@ -161,12 +188,13 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         return uri
 
     @contextmanager
-    def verify_upload(self, path: Path) -> Iterator[None]:
+    def verify_upload(self, path: str | Path) -> Iterator[None]:
         """Around the upload of a file: afterwards these very bytes are at an address that the task has recorded.
 
         The server is waited for first, a minute at most, and the storage is asked whether it is still there. A file has
         two minutes and a second for each 100 KB. Raise RunError, which says where the file is.
         """
+        path = Path(path)
         wait_for_server(f"the model is in {path}, and the last reports did not reach the server")
         what = f"the model is in {path}, but not at {self.output_uri or 'the ClearML session'}"
         with explained(what, doctor=True), limit(120 + path.stat().st_size / 1e5, what):
@@ -184,7 +212,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             if not path.exists():
                 cure = "update_weights(..., auto_delete_file=False) keeps it"
                 raise RunError(f"{path} was removed before it could be compared with what is stored", cure)
-            same = [address for address, store in opened(addresses) if store.matches(store.key(address), path)]
+            stores = {address: storage.open_store(address) for address in addresses}
+            same = [address for address, store in stores.items() if store.matches(store.key(address), path)]
             if not same:
                 raise RunError("what is stored there differs" if addresses else "no address of it is recorded")
         self.stored = same[-1] if self.output_uri else ""
@@ -192,33 +221,30 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
 
     def finish(self) -> None:
         """Close the task, and see that the server has it complete and that all of its objects are there."""
-        if self.lost.messages:
-            raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
         if not (task := Task.current_task()):
             return
         if task.is_offline():
-            session = f"{task.get_offline_mode_folder()}.zip"
-            task.close()
+            what, session = "the ClearML session is not complete", f"{task.get_offline_mode_folder()}.zip"
             last = f"To take the session to a server: {command('clearml-task', '--import-offline-session', session)}"
         else:
-            what = "the last reports did not reach the ClearML server"
-            last = f"Results: {task.get_output_log_web_page()}"
-            wait_for_server(what)
-            with explained(what, doctor=True), limit(180, what):
-                task.flush(wait_for_uploads=True)
-                sizes = stored_objects()
-                for address, store in opened([*sizes]):
-                    found = store.size(store.key(address))
-                    if found is None:
-                        raise RunError(f"{address} is missing")
-                    if sizes[address] not in (0, found):
-                        raise RunError(f"{address} has {found} bytes, and not {sizes[address]}")
-                if self.lost.messages:
-                    raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
-                task.close()
-                # An agent, and not this process, completes a task that it runs.
-                if Task.running_locally() and (status := Task.get_task(task.id).status) != "completed":
-                    raise RunError(f"the ClearML server has the task as {status}")
+            what, last = "the last reports did not reach the server", f"Results: {task.get_output_log_web_page()}"
+        wait_for_server(what)
+        with explained(what, doctor=not task.is_offline()), limit(180, what):
+            task.flush(wait_for_uploads=True)
+            for address, size in stored_objects().items():
+                store = storage.open_store(address)
+                found = store.size(store.key(address))
+                if found is None:
+                    raise RunError(f"{address} is missing")
+                if size not in (0, found):
+                    raise RunError(f"{address} has {found} bytes, and not {size}")
+            if self.lost.messages:
+                raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
+            task.close()
+            # An agent, and not this process, completes a task that it runs.
+            completed_here = Task.running_locally() and not task.is_offline()
+            if completed_here and (status := Task.get_task(task.id).status) != "completed":
+                raise RunError(f"the ClearML server has the task as {status}")
         if not ending.claim(0, "completed", ""):
             raise Stopped  # by a signal that came before; one that comes now is too late
         if ending.checkpoint:
@@ -250,7 +276,7 @@ class LostReports(logging.Filter):
         return is_new
 
 
-def refuse_finished(task_id: str) -> None:
+def check_resumable(task_id: str) -> None:
     """Raise UsageError for a task that must not be touched again, or cannot be."""
     task = call_with_timeout(60, "no answer about the task that is resumed", lambda: Task.get_task(task_id))
     status = str(task.status) if task else "deleted"
@@ -262,9 +288,8 @@ def wait_for_server(what: str) -> None:
     """Wait for the server, a minute at most, and see that it still has the task. Else RunError with these words."""
     if Task.is_offline():
         return
-    with explained(what, doctor=True):
+    with explained(what, doctor=True), limit(120, what):
         server.ping(patience=60)
-        server.session.cache_clear()  # its token is void if the server was restarted with another secret
         if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
             raise RunError("somebody has deleted the task on the ClearML server")
 
@@ -294,99 +319,29 @@ def stored_objects() -> dict[str, int]:
     return {address: size for address, size in sizes.items() if address and task.id in address}
 
 
-def opened(addresses: list[str]) -> Iterator[tuple[str, storage.Store]]:
-    for address in addresses:
-        yield address, storage.open_store(address)
-
-
 # --- what went wrong --------------------------------------------------------------------------------------------------
 @contextmanager
-def explained(what: str = "", source: str = "", doctor: bool = False, more: str = "") -> Iterator[None]:
+def explained(what: str = "", source: str = "", doctor: bool = False) -> Iterator[None]:
     """Raise a RunError with these words before it, also for what the SDK or a store's library raises in the block.
 
-    `source`: who said what was tried. `doctor`: it can tell more about the cause. `more` comes before that hint.
+    `source`: who said what was tried. `doctor`: it can tell more about the cause.
     """
-    before = f"{what}: " if what else ""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, RunError | TimeoutError) and not raised_in_library(error):
-            raise
-        known = server.refusal(error) if isinstance(error, sdk.ERRORS) else RunError(one_line(error))
         if isinstance(error, RunError):
             known = error
-        told = RunError(f"{before}{known}", known.cure, known.source or source)
-        told.code, told.doctor, told.more = known.code, doctor, more
-        raise told from error
+        elif isinstance(error, TimeoutError) or raised_in_library(error):
+            known = server.refusal(error) if isinstance(error, sdk.ERRORS) else RunError(one_line(error))
+        else:
+            raise
+        wrapped = RunError(f"{what}: {known}" if what else str(known), known.cure, known.source or source)
+        wrapped.code, wrapped.doctor = known.code, doctor
+        raise wrapped from error
 
 
 def raised_in_library(error: BaseException) -> bool:
     """Tell whether the SDK or a store's library raised it for a reason that is not the script's."""
-    packages = Path(sdk.FOLDER).parent
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    inside = any(file.is_relative_to(packages) and file.relative_to(packages).parts[0] in LIBRARIES for file in files)
-    return inside and not isinstance(error, MISTAKES)
-
-
-def end_early(error: BaseException, output_uri: str, lost: Sequence[str] = ()) -> NoReturn:
-    """Say what happened, give the task its status, and leave with the exit code.
-
-    `lost`: what the SDK logged. Of an upload that fails, it raises no more than "Upload failed".
-    """
-    # The file server is no argument of the doctor's, but what it looks at without one.
-    target = ["--output-uri", output_uri] if output_uri and not output_uri.startswith("http") else []
-    find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
-    code = getattr(error, "code", 1)
-    if isinstance(error, KeyboardInterrupt):
-        ending.say("interrupted", 128 + signal.SIGINT, "stopped", seconds=8)
-    elif isinstance(error, SystemExit) and isinstance(code, str):
-        ending.say(f"error: {code}", 1, "failed")  # of the script: sys.exit("what is wrong")
-    elif isinstance(error, SystemExit):
-        number = code if isinstance(code, int) and code & 255 else 1  # of 256 the system makes 0
-        ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
-    elif isinstance(error, RunError):
-        ending.say(f"error: {error.whole()}", code, "failed", error.more + find * error.doctor)
-    elif isinstance(error, sdk.ERRORS):
-        ending.say(f"error: {server.refusal(error).whole()}", 1, "failed", find)
-    elif isinstance(error, OSError) and error.errno in FULL_DISK:
-        ending.say(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", 1, "failed")
-    elif type(error).__name__ == "OutOfMemoryError" or raised_in_library(error):
-        ending.say(f"error: {one_line(': '.join([str(error), *lost[:1]]), 1000)}", 1, "failed", find * bool(lost))
-    else:
-        traceback.print_exception(error)
-        ending.say(f"error: {type(error).__name__}, see above", 1, "failed")
-    ending.settle()
-    if ending.status == "stopped" and not Task.running_locally():
-        # An agent takes every exit code for a failure, and an interrupt for a stop (clearml-agent 3.0.3).
-        sys.excepthook = lambda *_: None
-        raise KeyboardInterrupt
-    raise SystemExit(ending.code) from None
-
-
-# --- the process ------------------------------------------------------------------------------------------------------
-def in_notebook() -> bool:
-    """Tell Jupyter and IPython's %run, where the process goes on."""
-    return hasattr(builtins, "__IPYTHON__")
-
-
-def outlive_readers() -> None:
-    """Where the reader of an output leaves, as `| head -1` does, the rest of it goes nowhere, and the run goes on.
-
-    The SDK forgives what `write` raises, and not what `flush` does for what was not written.
-    """
-
-    def lasting(stream: TextIOWrapper, call: Callable[..., Any]) -> Callable[..., Any]:
-        def lasting_call(*text: str) -> Any:
-            try:
-                return call(*text)
-            except BrokenPipeError:
-                with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), stream.fileno())
-                return sum(map(len, text))
-
-        return lasting_call
-
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # not a notebook's
-            stream.write = lasting(stream, stream.write)  # type: ignore[method-assign]
-            stream.flush = lasting(stream, stream.flush)  # type: ignore[method-assign]
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = any(name.partition(".")[0] in LIBRARIES for name in names) and not isinstance(error, MISTAKES)
+    return inside or type(error).__name__ == "OutOfMemoryError"  # of torch's kinds of devices

@@ -1,22 +1,15 @@
 """Every name of the ClearML SDK (2.1.12) that is not public, each with its reason and the way out.
 
-Nothing else in this package, and nothing in the example, uses another one. tests/test_sdk.py asks the installed SDK
-for each of them: an upgrade that moves one is one red line there.
+Nothing else here uses another one. tests/test_sdk.py asks the installed SDK for each of them.
 """
 
 import atexit
 import errno
-import io
-import json
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-import clearml
-import requests
 
 # Unused names of this list are used by the modules that import them from here.
 from clearml.backend_api import Session  # the addresses, and calls of ours; way out: a public getter, and APIClient
@@ -33,7 +26,6 @@ from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
 MOST_CHANGES: int = ScriptInfo.max_diff_size_bytes  # of uncommitted changes; more of them are not stored at all
-FOLDER = str(Path(clearml.__file__).parent)
 
 
 def setting(key: str, default: Any = None) -> Any:
@@ -57,27 +49,6 @@ def limit_session(connect: float, answer: float) -> None:
     Session._session_timeout = (connect, answer)
 
 
-def send_request(*arguments: Any, **options: Any) -> Any:
-    """Send a call as the SDK does, but for two answers of a server that was restarted, or that has revoked the keys.
-
-    Of a token that is void the SDK gets a new one, but sends the call again with the old one: send it once more. Where
-    there is no new token it prints a traceback and tries again, for ever: fail. Way out: the same there.
-    """
-    try:
-        answer = send_once(*arguments, **options)
-        return send_once(*arguments, **options) if answer is not None and answer.status_code == 401 else answer
-    except LoginError as error:
-        refused = requests.Response()
-        refused.status_code = 401
-        meta = {"result_code": 401, "result_subcode": 0, "result_msg": str(error), "id": "", "trx": ""}
-        meta["endpoint"] = {"name": "auth.login", "requested_version": 1.0, "actual_version": "1.0"}
-        refused.raw = io.BytesIO(json.dumps({"meta": meta, "data": {}}).encode())
-        return refused
-
-
-send_once, Session.send_request = Session.send_request, send_request
-
-
 def log_console_trouble(message: str, level: int = logging.INFO) -> None:
     """Log that console lines did not reach the server; the SDK writes that to stderr each time; way out: a logger."""
     logging.getLogger("clearml.log").log(level, message)
@@ -89,7 +60,7 @@ TaskHandler._log_stderr = staticmethod(log_console_trouble)
 def s3_entry(uri: str) -> tuple[Any, bool]:
     """Return the S3BucketConfig by which the SDK opens this place, and whether it is an entry of clearml.conf's list.
 
-    Raise TypeError or ValueError where the list itself is wrong. Way out: a public way to the SDK's own client.
+    Way out: a public way to the SDK's own client.
     """
     configurations = S3BucketConfigurations.from_config(setting("sdk.aws.s3", {}))
     entry = configurations.get_config_by_uri(uri)
@@ -132,9 +103,28 @@ def canonical(address: str) -> str:
     return str(StorageHelper._canonize_url(address))
 
 
-def forget_exit_handler(task: Any) -> None:
-    """Keep the SDK from setting a status of its own at the end of the process; way out: a public way to say no."""
+def disarm(task: Any) -> None:
+    """Keep the SDK from setting a status of its own at the end, and from killing a process whose task is not running.
+
+    Way out: a public way to say no.
+    """
     atexit.unregister(task._at_exit)
+    if task._dev_worker:
+        task._dev_worker.unregister()
+
+
+def close_unchanged(task: Any) -> None:
+    """Close a task that has its status already; way out: a close() that leaves it alone."""
+    task.mark_completed = task.mark_failed = task.stopped = lambda *_, **__: None
+    task.close()
+
+
+def wait_for_repository(task: Any) -> None:
+    """Wait for the thread that asks git: what is forked meanwhile would hold its pipe open, and it would wait for ever.
+
+    Way out: the SDK's own look before a fork.
+    """
+    task._wait_for_repo_detection(timeout=60)
 
 
 def be_quiet(offline: bool) -> None:

@@ -66,7 +66,7 @@ def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it
         content(path)
     with pytest.raises(RunError) as refusal:
         configuration.check()
-    said = refusal.value.whole()
+    said = refusal.value.message()
     assert words in said
     assert str(path) in said
     sdk.forget_settings()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -18,20 +17,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from clearml_server import ApiError, ClearMLServer
+from clearml_server import ClearMLServer
 from conftest import FEW, HANGS, MNIST_FILES, ROOT, Begin, Machine, Run, silent
-from faults import DOCTOR, ELSEWHERE, FAULTS, ROWS, Promise, Setup, is_there, promise_of, row, table
-from reading import EPOCH, Report, alike, curves_in, evaluate, read, read_session, stored_curves
+from faults import DOCTOR, ELSEWHERE, FAULTS, Promise, Setup, row, table
+from reading import EPOCH, alike, curves_in, evaluate, read, read_session, stored_curves
 from stores import CHECKSUM, FakeGCS, Front, Plug, Rclone, SeaweedFS, Store, free_port
 
 import pytorch_mnist
@@ -59,23 +57,23 @@ class Bench:
     machine: Machine
     server: ClearMLServer
     begin: Begin
-    test: str
+    rows: list[Promise]  # of the README, that the test shows
 
     def train(self, *arguments: object, **variables: str) -> Run:
         return self.begin(*FEW, *arguments, **variables)
 
     def ends(self, run: Run, row: str = "", code: int | None = None, **places: object) -> None:
-        """Wait for the end, which must be as the test's row of the README has it."""
-        promise = promise_of(self.test, row, code)
-        promise.kept(run, **{name: str(place) for name, place in places.items()})
-        if promise.status:
-            assert self.server.tasks[run.task]["status"] == promise.status
+        """Wait for the end, which must be as the README has it; of several, by this beginning or code."""
+        rows = [promise for promise in self.rows if promise.row.startswith(row) and code in (None, promise.code)]
+        rows[0].kept(run, **{name: str(place) for name, place in places.items()})
+        if rows[0].status:
+            assert self.server.tasks[run.task]["status"] == rows[0].status
 
 
 @pytest.fixture
 def bench(machine: Machine, server: ClearMLServer, begin: Begin, request: pytest.FixtureRequest) -> Bench:
     machine.configure(server.configuration())
-    return Bench(machine, server, begin, request.function.__name__)
+    return Bench(machine, server, begin, [mark.args[0] for mark in request.node.iter_markers("row")])
 
 
 RECIPE = ("--epochs", 12, "--lr", 0.1)
@@ -122,34 +120,14 @@ def is_whole(model: Path) -> bool:
 
 
 # --- the README ------------------------------------------------------------------------------------------------------
-def test_the_readmes_table_and_these_tests_say_the_same() -> None:
-    """Rows, exit codes, seconds, and the *words* that a user sees."""
-    rows = table((ROOT / "README.md").read_text())
-    shown: dict[str, list[Promise]] = {when: [] for when in rows}
-    for promise in (*FAULTS.values(), *(promise for _, promise in ROWS)):
-        (when,) = [when for when in rows if when.startswith(promise.row)]
-        shown[when].append(promise)
-    elsewhere = {when for when in rows for beginning in ELSEWHERE if when.startswith(beginning)}
-    assert len(elsewhere) == len(ELSEWHERE)
-    assert all(is_there(test) for tests in ELSEWHERE.values() for test in tests)
-    assert {when for when in rows if not shown[when]} <= elsewhere
-    for when in rows:
-        if shown[when]:
-            agree(rows[when], shown[when])
-
-
-def agree(what: str, promises: list[Promise]) -> None:
-    """One cell of the table and all that its tests see."""
-    text = what.replace("128 + number", "130, exit 143").replace("two minutes", "120 s")
-    codes, seconds = (set(map(int, re.findall(form, text))) for form in (r"exit (\d+)", r"(\d+) s\b"))
-    assert {promise.code for promise in promises} - codes <= {0}, what
-    assert codes <= {promise.code for promise in promises}, what
-    assert {promise.within for promise in promises if promise.within} == seconds, what
-    ends_early = [promise for promise in promises if promise.code]
-    for phrase in re.findall(r"\*(.+?)\*", what):
-        for promise in ends_early:
-            said = " ".join((*promise.words, promise.status))
-            assert all(part.strip() in said for part in phrase.split("…")), (phrase, said)
+def test_each_row_of_the_readme_has_a_test_and_its_exit_codes() -> None:
+    marks = [mark for test in [*globals().values()] for mark in getattr(test, "pytestmark", []) if mark.name == "row"]
+    promises = [*FAULTS.values(), *(mark.args[0] for mark in marks)]
+    for when, what in table((ROOT / "README.md").read_text()).items():
+        if not when.startswith(ELSEWHERE):
+            said = {int(code) for code in re.findall(r"exit (\d+)", what.replace("128 + number", "130, exit 143"))}
+            assert {promise.code for promise in promises if when.startswith(promise.row)} - {0} == said - {0}, when
+            assert [promise for promise in promises if when.startswith(promise.row)], when
 
 
 # --- before the run begins -------------------------------------------------------------------------------------------
@@ -164,49 +142,23 @@ def setup(
     with ExitStack() as held:
         yield Setup(machine, server, stores, held)
     assert {name: store.keys() for name, store in stores.items()} == before
-    assert rclone.buckets() == seaweed.buckets() == ["models"]
-
-
-def add_old_task(server: ClearMLServer, target: str) -> str:
-    """Add an archived task that the clean-up would delete, with a model in this place."""
-    project = server.projects_create("old")["id"]
-    task: str = server.tasks_create("old", "training", project=project)["id"]
-    model = server.models_create(f"{target}/old.{task}/model.bin", "old", False, project=project, task=task)["id"]
-    server.tasks[task]["models"]["output"].append({"name": "old", "model": model})
-    changed = (datetime.now(UTC) - timedelta(days=40)).isoformat()
-    server.tasks[task] |= {"status": "completed", "system_tags": ["archived"], "status_changed": changed}
-    return task
+    assert seaweed.buckets() == ["models"]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.waits) if name == "a silent server" else name for name in FAULTS]
 )
-def test_script_doctor_and_cleanup_name_what_is_wrong(begin: Begin, setup: Setup, name: str) -> None:
-    """Nothing is trained, nothing is deleted."""
-    fault, server = FAULTS[name], setup.server
+def test_what_is_wrong_is_named_before_anything_exists(begin: Begin, setup: Setup, name: str) -> None:
+    fault = FAULTS[name]
     fault.provoke(setup)
-    setup.places |= {"target": setup.target, "web": server.web_url, "home": str(setup.machine.home)}
-    old = add_old_task(server, setup.target) if setup.target else ""
-    target = ["--output-uri", setup.target] if setup.target else []
-    areas = ["configuration", "server", "storage"]
-    script = begin(*target)
-    doctor = begin("clearml_client.doctor", "--json", "--only", *areas, *target, script="-m")
-    if fault.others.cleanup:
-        cleanup = begin("clearml_client.cleanup", "--project-name", "old", "--delete", "--yes", script="-m")
-        assert cleanup.end() == 1, cleanup.everything
-        said = cleanup.everything.replace(setup.places["home"], "~")
-        assert re.search(fault.others.cleanup.format(**setup.places), said), said
+    home = setup.machine.home
+    setup.places |= {"target": setup.target, "web": setup.server.web_url, "home": str(home)}
+    script = begin(*(["--output-uri", setup.target] if setup.target else []))
     fault.kept(script, **setup.places)
     assert script.stderr.splitlines() == [script.line]
     assert not re.search("epoch 1/|offline session|created new task", script.stdout)
-    assert not list(setup.machine.home.glob("outputs/*"))
-    report = Report(doctor.end(), doctor.stdout)
-    assert re.match(f"failed: .*{fault.others.finds}", report[fault.others.check]), report[fault.others.check]
-    assert re.match(f"{fault.others.check}: .*{fault.others.cure}", report.cure), report.cure
-    assert report["storage: target"].startswith("ok")  # it stops at nothing
-    if fault.others.check.startswith("storage"):
-        assert report["storage: object"].startswith(("failed", "skipped"))
-    assert list(server.tasks) == ([old] if old else [])
+    assert not list(home.glob("outputs/*"))
+    assert not setup.server.tasks
 
 
 # --- the server dies --------------------------------------------------------------------------------------------------
@@ -245,12 +197,9 @@ def the_server_has_everything(server: ClearMLServer, run: Run, machine: Machine)
     assert [*curves["accuracy", "test"]] == [3, 6, 9, 12]
     task = machine.read_task(run.task)
     assert task["status"] == "completed"
-    for epoch in range(1, 5):
-        assert task["console"].count(f"epoch {epoch}/4 ") == 1
+    assert all(task["console"].count(f"epoch {epoch}/4 ") == 1 for epoch in range(1, 5))
     assert {"confusion matrix", "per class"} <= task["plots"].keys()
-    assert {"accuracy", "loss", "seconds"} <= task["single"].keys()
-    assert len(task["samples"]) == 1
-    assert "predictions" in task["artifacts"]
+    assert (len(task["samples"]), "predictions" in task["artifacts"]) == (1, True)
     (model,) = task["models"]
     assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
 
@@ -320,19 +269,16 @@ INTERRUPTED = row("SIGTERM, SIGHUP", 130, "interrupted", status="stopped", withi
     ("moment", "number", "times"),
     [
         ("Storage: ", signal.SIGTERM, 1),
-        ("created new task", signal.SIGTERM, 1),
         ("created new task", signal.SIGINT, 3),
         ("epoch 1/", signal.SIGTERM, 1),
-        ("epoch 1/", signal.SIGINT, 1),
         ("epoch 1/", signal.SIGINT, 3),
-        ("Model: ", signal.SIGTERM, 1),
         ("Test accuracy ", signal.SIGINT, 1),
     ],
 )
 def test_a_signal_stops_the_task_and_names_the_checkpoint(
     bench: Bench, machine: Machine, moment: str, number: signal.Signals, times: int
 ) -> None:
-    at_the_end = moment in ("Model: ", "Test accuracy ")
+    at_the_end = moment == "Test accuracy "
     run = bench.train("--epochs", 1 if at_the_end else LONG)
     run.wait_for(moment)
     for press in range(times):
@@ -361,17 +307,13 @@ class Stuck(Plug):
 
 
 @TERMINATED
-@pytest.mark.parametrize("request_", ["GET /debug.ping", "PUT .*/probe-", "PUT .*/model.pt"])
-def test_sigterm_while_something_is_silent(
-    bench: Bench, machine: Machine, rclone: Rclone, tmp_path: Path, request_: str
-) -> None:
-    """The server, the storage before there is a task, the storage at the upload of the model."""
-    server_port = int(bench.server.api_url.rpartition(":")[2])
-    server, store = (Stuck(port, request_.encode()) for port in (server_port, rclone.port))
-    text = bench.server.configuration().replace(bench.server.api_url, f"http://{server.host}")
-    machine.configure(text, rclone.clearml_conf(host=store.host))
+@pytest.mark.parametrize("request_", ["PUT .*/probe-", "PUT .*/model.pt"])
+def test_sigterm_while_the_storage_is_silent(bench: Bench, machine: Machine, rclone: Rclone, request_: str) -> None:
+    """The storage, before there is a task, and at the upload of the model."""
+    store = Stuck(rclone.port, request_.encode())
+    machine.configure(bench.server.configuration(), rclone.clearml_conf(host=store.host))
     run = bench.train("--epochs", 1, "--output-uri", f"s3://{store.host}/{rclone.bucket}")
-    assert (server if "ping" in request_ else store).asked.wait(HANGS)
+    assert store.asked.wait(HANGS)
     run.signal(signal.SIGTERM)
     if "model" in request_:
         bench.ends(run)
@@ -404,7 +346,7 @@ def killed_after(words: str, run: Run) -> None:
 def test_resume_after_kill_9_is_as_if_nothing_had_happened(
     bench: Bench, machine: Machine, uninterrupted: Uninterrupted
 ) -> None:
-    first = bench.train(*RECIPE, "--project-name", "a project", "--device", "cpu", "--tags", "red", "blue")
+    first = bench.train(*RECIPE, "--tags", "red", "blue")
     killed_after("epoch 2/12", first)
     assert statuses(bench.server) == {"in_progress"}
     hyperparameters = deepcopy(bench.server.tasks[first.task]["hyperparams"])
@@ -421,12 +363,8 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(
     assert statuses(bench.server) == {"completed"}
     assert is_the_same(machine.outputs("model.pt"), uninterrupted)
     assert alike(stored_curves(bench.server, first.task), uninterrupted.curves)
-    task = machine.read_task(first.task)  # what the web UI shows
-    for (title, series), points in uninterrupted.curves.items():
-        assert task["scalars"][title][series]["x"] == sorted(points)
-    assert len(task["models"]) == 1
+    assert len(machine.read_task(first.task)["models"]) == 1
     assert bench.server.tasks[first.task]["hyperparams"] == hyperparameters
-    assert hyperparameters["Args"]["tags"]["value"] == "['red', 'blue']"
 
 
 def is_the_same(model: Path, uninterrupted: Uninterrupted) -> bool:
@@ -445,12 +383,7 @@ def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
     assert found, second.everything
     assert is_the_same(machine.outputs("model.pt"), uninterrupted)
     _, events, _ = read_session(machine.home / f".clearml/cache/offline/{second.task}.zip")
-    done = 3 * int(found[1])
-    rest = {
-        name: {step: value for step, value in points.items() if step > done}
-        for name, points in uninterrupted.curves.items()
-    }
-    assert alike(curves_in(events), rest)
+    assert {step for points in curves_in(events).values() for step in points} == {*range(3 * int(found[1]) + 1, 37)}
 
 
 @row("the run for `--resume`", 2)
@@ -463,53 +396,22 @@ def test_what_is_finished_is_not_resumed_and_not_touched(
     model = machine.outputs("model.pt").relative_to(machine.home)
     torch.save(read(uninterrupted.folder / "saved.pt") | {"task": first.task}, machine.home / "left.pt")
     for status, file, words in (
-        (
-            "completed",
-            model.with_name("checkpoint.pt"),
-            f"finished, and its checkpoint was removed; its model: {model}",
-        ),
-        ("completed", "left.pt", f"cannot resume: the task {first.task} is completed"),
+        ("completed", model.with_name("checkpoint.pt"), f"its checkpoint was removed; its model: {model}"),
         ("published", "left.pt", f"cannot resume: the task {first.task} is published"),
     ):
         bench.server.tasks[first.task]["status"] = status
         before = deepcopy((bench.server.tasks, bench.server.models))
         again = bench.begin("--resume", file)
         bench.ends(again)
-        assert words in again.line
+        assert again.line.endswith(words)  # and it does not advise itself
         assert (bench.server.tasks, bench.server.models) == before
 
 
 # --- what the server or a store refuses -------------------------------------------------------------------------------
-def test_a_record_that_the_server_refuses_leaves_no_object(
-    bench: Bench, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After training: one line that says where the model is, and the store has nothing that no record knows."""
-
-    def refuse(*_: object, **__: object) -> Any:
-        raise ApiError("validation_error")
-
-    store = machine.home / "store"
-    with monkeypatch.context() as patch:
-        patch.setattr(ClearMLServer, "models_create", refuse)
-        run = bench.train("--epochs", 1, "--output-uri", store)
-        assert run.end() == 1, run.everything
-    model = machine.outputs("model.pt")
-    assert f"the model is in {model.relative_to(machine.home)}, but not at file://{store}" in run.line
-    assert "validation_error" in run.line
-    assert statuses(bench.server) == {"failed"}
-    assert not [path for path in store.rglob("*") if path.is_file()]
-    go_on(run, bench.begin)
-    (entry,) = bench.server.models.values()
-    assert Path(entry["uri"].removeprefix("file://")).read_bytes() == model.read_bytes()
-
-
 @row("the picture or the predictions", 1, "AccessDenied", DOCTOR, status="failed")
-@pytest.mark.parametrize("refused", ["mistakes", "predictions"])
-def test_an_upload_in_the_background_that_fails_is_heard(
-    bench: Bench, machine: Machine, tmp_path: Path, refused: str
-) -> None:
+def test_an_upload_in_the_background_that_fails_is_heard(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     """The SDK only logs it, and goes on."""
-    with Rclone(tmp_path / "store") as store, Front(store, rf"^0 PUT \S*{refused}", "AccessDenied") as front:
+    with Rclone(tmp_path / "store") as store, Front(store, r"^0 PUT \S*predictions", "AccessDenied") as front:
         uri = f"s3://{front.host}/{store.bucket}"
         machine.configure(bench.server.configuration(), store.clearml_conf(host=front.host))
         run = bench.train("--epochs", 1, "--output-uri", uri)
@@ -546,8 +448,8 @@ def pages(*files: Path) -> int:
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in files) + 16384
 
 
-@row("the disk is full", 1, "error: cannot write ", ": No space left on device", status="failed")
-@pytest.mark.parametrize("full_at", ["checkpoint.pt", "model.pt", "mistakes.png"])
+@row("the disk is full", 1, "No space left on device", status="failed")
+@pytest.mark.parametrize("full_at", ["checkpoint.pt", "mistakes.png"])
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
     bench: Bench, machine: Machine, uninterrupted: Uninterrupted, small_disk: Callable[[int], Path], full_at: str
 ) -> None:
@@ -576,6 +478,12 @@ def test_a_disk_that_becomes_read_only(bench: Bench, machine: Machine, small_dis
             time.sleep(0.02)
     bench.ends(run)
     assert named_checkpoint(run, machine)["epoch"] >= 1
+
+
+@row("`--output-dir` cannot be made", 1, "Not a directory", "outputs/", status="failed")
+def test_an_output_folder_that_cannot_be_made(bench: Bench, machine: Machine) -> None:
+    (machine.home / "outputs").write_text("a file")
+    bench.ends(bench.train("--epochs", 1))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -612,8 +520,6 @@ def bend(path: Path) -> None:
     ("name", "damage"),
     [
         ("train-images-idx3-ubyte", cut),
-        ("train-images-idx3-ubyte", exchange),
-        ("t10k-images-idx3-ubyte", exchange),
         ("train-labels-idx1-ubyte", bend),
         ("t10k-labels-idx1-ubyte", exchange),
     ],
@@ -654,31 +560,17 @@ class Malice:
         return Path.write_text, (self.path, "executed")
 
 
-State = dict[str, Any]
-
-
-def save_cut(path: Path, state: State) -> None:
+def save_cut(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path)
     cut(path)
 
 
-def pickle_malice(path: Path, _: State) -> None:
-    path.write_bytes(pickle.dumps({"net": Malice(path.with_name("executed"))}, 2))
-
-
-def save_malice(path: Path, _: State) -> None:
-    torch.save({"net": Malice(path.with_name("executed"))}, path)
-
-
-BAD_CHECKPOINTS: dict[str, Callable[[Path, State], object]] = {
+BAD_CHECKPOINTS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
     "No such file": lambda path, _: None,
-    "Is a directory": lambda path, _: path.mkdir(),
-    "EOFError": lambda path, _: path.touch(),
     "RuntimeError": save_cut,
     "UnpicklingError": lambda path, _: path.write_text("Hello, world!"),
     "KeyError": lambda path, good: torch.save(good["states"]["net"], path),
-    "weights_only": save_malice,
-    "UnpicklingError: Weights": pickle_malice,
+    "weights_only": lambda path, _: torch.save({"net": Malice(path.with_name("executed"))}, path),
 }
 
 
@@ -695,35 +587,31 @@ def test_the_run_ends_at_a_checkpoint_of_another_network(
     assert run.stderr.splitlines() == [run.line]
 
 
-@row("the file for `--resume` is damaged", 1)
-@row("the run for `--resume`", 2)
 @row("`--resume` comes with another", 2)
 @row("the device is not there", 2)
 @row("a name has slashes", 2)
 def test_what_is_refused_before_anything_exists(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
-    """Each row of these, in this process: it is the start of one that takes seconds."""
-    good, name = uninterrupted.folder / "saved.pt", "argument --{}-name: a name has ".format
-    rows: list[tuple[str, list[object], str]] = [
-        ("the run for `--resume`", ["--resume", "--output-dir", tmp_path / "none"], "no checkpoint below"),
-        ("`--resume` comes", ["--resume", good, "--epochs", 9], "--resume: --epochs was 12, and cannot change now"),
-        ("the device is not there", ["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
+    """In this process: it is the start of one that takes seconds."""
+    good = uninterrupted.folder / "saved.pt"
+    few, many = "has three characters or more", "has at most 220 characters"
+    rows: list[tuple[int, Sequence[object], str]] = [
+        (2, ["--resume", "--output-dir", tmp_path / "none"], "no checkpoint below"),
+        (2, ["--resume", good, "--epochs", 9], "--resume: --epochs was 12, and cannot change now"),
+        (2, ["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
+        *((2, ["--project-name", text], few) for text in ("   ", "a/../b", '"quoted"')),
+        *((2, ["--task-name", text], many) for text in ("n" * 221, "🚀" * 19)),
     ]
-    for option in ("project", "task"):
-        few, many = f"{name(option)}three characters or more", f"{name(option)}at most 220 characters"
-        for text in ("ab", "   ", "..", '"quoted"', "n" * 221, "🚀" * 19):
-            rows.append(("a name has slashes", [f"--{option}-name", text], many if len(text) > 9 else few))
     for words, make in BAD_CHECKPOINTS.items():
         path = tmp_path / words / "checkpoint.pt"
         path.parent.mkdir()
         make(path, read(good))
-        rows.append(("the file for `--resume`", ["--resume", path], f"error: cannot resume from {path}: .*{words}"))
-    for when, arguments, words in rows:
+        rows.append((1, ["--resume", path], f"error: cannot resume from {path}: .*{words}"))
+    for code, arguments, words in rows:
         monkeypatch.setattr(sys, "argv", ["pytorch_mnist.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit, match=f"^{code}$"):
             checkpoint.parse_args(pytorch_mnist.make_parser())
-        assert end.value.code == promise_of("test_what_is_refused_before_anything_exists", when).code
         assert re.search(words, capsys.readouterr().err.splitlines()[-1])
     assert not list(tmp_path.rglob("executed"))
 
@@ -754,66 +642,36 @@ def test_a_gpu_without_memory_ends_in_one_line(bench: Bench) -> None:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-LONGEST = "p" * 220, "🚀" * 18
-NAMES = [("group/sub group/project", "it's [run/1 of/2] (clone)"), ("Ziffern 🔢 50%", "Übung № 1? 🚀 #2"), LONGEST]
+NAMES = [("group/sub group/project", "it's [run/1 of/2] (clone)"), ("p" * 220, "🚀" * 18), ("Übung 50%", "№ 1? 🚀 #2")]
 
 
 @row("a name has slashes", 0)
-@pytest.mark.parametrize("where", ["file server", "folder", "S3"])
+@pytest.mark.parametrize("where", ["file server", "S3"])
 def test_any_name_works(bench: Bench, machine: Machine, tmp_path: Path, where: str) -> None:
-    """Model, picture and predictions lie where the SDK puts them: in a folder that has the task's id.
-
-    From the file server, the SDK (2.1.12) fetches no model whose address has other letters than ASCII.
-    """
+    """Model, picture and predictions lie where the SDK puts them: in a folder that has the task's id."""
     with Rclone(tmp_path / "rclone") as rclone:
         machine.configure(bench.server.configuration(), rclone.clearml_conf())
-        uri = {"file server": "", "folder": str(tmp_path / "storage"), "S3": rclone.uri("names")}[where]
+        uri = rclone.uri("names") if where == "S3" else ""
         for project, name in NAMES:
             names = ["--project-name", project, "--task-name", name]
             bench.ends(bench.train("--dry-run", "--batch-size", 100, *names, "--output-uri", uri))
-        stored = rclone.keys()
-        fetched = list(bench.server.tasks)[: 1 if where == "file server" else None]
-        done = machine.run("tests/programs/fetch_models.py", *fetched)
-    assert done.returncode == 0, done.stderr
-    disk = bench.server.files_folder if where == "file server" else tmp_path / "storage"
-    stored += [str(path) for path in disk.rglob("*") if path.is_file()]
-    for task, copy in zip(fetched, done.stdout.splitlines()[-len(fetched) :], strict=True):
-        assert Path(copy).read_bytes() == (machine.home / f"outputs/{task}/model.pt").read_bytes()
+        stored = [*rclone.keys(), *(str(path) for path in bench.server.files_folder.rglob("*.*"))]
     for (task, record), (project, name) in zip(bench.server.tasks.items(), NAMES, strict=True):
         assert (record["status"], record["name"]) == ("completed", name)
         assert bench.server.projects[record["project"]]["name"] == project
-        suffixes = [Path(path).suffix for path in stored if f".{task}/" in path]
-        assert sorted(suffixes) == [".csv", ".png", ".pt"]
-    assert {path.name for path in tmp_path.iterdir()} <= {"home", "clearml-server", "storage", "rclone"}
+        assert sorted(Path(path).suffix for path in stored if f".{task}/" in path) == [".csv", ".png", ".pt"]
 
 
 # --- other programs ---------------------------------------------------------------------------------------------------
-@row("the output is cut", 0)
-def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
-    process = machine.start("pytorch_mnist.py", *FEW, "--epochs", 1)
-    assert process.stdout
-    assert process.stderr
-    with process.stdout as output:
-        assert output.readline()
-    with process.stderr as errors:
-        said = errors.read()
-    assert (process.wait(), said) == (0, "")
-    assert is_whole(machine.outputs("model.pt"))
-    assert statuses(bench.server) == {"completed"}
-
-
 @row("two runs start at once", 0, status="completed")
 def test_two_runs_at_once_with_the_same_names_are_both_whole(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     both = [bench.train("--epochs", 1, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]
     for run in both:
         bench.ends(run)
     models = {model["task"]: model["uri"] for model in bench.server.models.values()}
-    contents = set()
     for run in both:
         content = machine.home.joinpath("outputs", run.task, "model.pt").read_bytes()
-        contents.add(content)
-        assert f"Model: outputs/{run.task}/model.pt" in run.stdout
         assert models[run.task] == stored_at(run)
         assert Path(stored_at(run).removeprefix("file://")).read_bytes() == content
         assert [*stored_curves(bench.server, run.task)["loss", "train batch"]] == [1, 2, 3]
-    assert len(models) == len(contents) == len(list(machine.home.glob("outputs/*"))) == 2
+    assert len(models) == len(list(machine.home.glob("outputs/*"))) == 2

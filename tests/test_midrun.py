@@ -4,7 +4,7 @@ What machines do to it (a server, a store or a disk that fails, a signal) is in 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import FEW, Begin, Machine, Run
+from conftest import FEW, Begin, Machine
 from reading import Report
 from stores import Rclone
 
@@ -30,75 +30,19 @@ def server(live: bool, machine: Machine, tmp_path: Path) -> Iterator[ClearMLServ
     assert stand_in.unknown == []
 
 
-def revoke_keys(server: ClearMLServer, _: str) -> None:
-    server.revoke_keys()
-    server.renew_secret()
-
-
-def restart(server: ClearMLServer, _: str) -> None:
-    server.stop()
-    server.renew_secret()
-    server.start()
-
-
-def delete(server: ClearMLServer, task: str) -> None:
-    del server.tasks[task]
-
-
-EPOCHS = 12
-
-
-def disturbed(begin: Begin, server: ClearMLServer, do: Callable[[ClearMLServer, str], None], *more: object) -> Run:
-    """A run to its end, to which this was done after its second epoch."""
-    run = begin(*FEW, "--epochs", EPOCHS, *more)
-    run.wait_for("epoch 2/")
-    do(server, run.task)
-    run.end()
-    assert f"epoch {EPOCHS}/{EPOCHS}" in run.stdout, run.everything
-    return run
-
-
-@pytest.mark.parametrize(
-    ("do", "words"),
-    [
-        (revoke_keys, r"invalid credentials.*new ones: http://\S+/settings/workspace-configuration"),
-        (delete, "somebody has deleted the task on the ClearML server"),
-    ],
-)
-def test_whatever_becomes_of_keys_or_task_the_training_goes_on(
-    begin: Begin, machine: Machine, server: ClearMLServer, do: Callable[[ClearMLServer, str], None], words: str
+def test_a_task_that_is_deleted_in_the_middle_costs_no_training(
+    begin: Begin, machine: Machine, server: ClearMLServer
 ) -> None:
     """Said once, and the storage is not blamed."""
-    run = disturbed(begin, server, do, "--output-uri", machine.home / "store")
-    assert run.returncode == 1
-    assert re.search(words, run.line), run.line
+    run = begin(*FEW, "--epochs", 12, "--output-uri", machine.home / "store")
+    run.wait_for("epoch 2/")
+    del server.tasks[run.task]
+    assert run.end() == 1, run.everything
+    assert "somebody has deleted the task on the ClearML server" in run.line
     assert run.stderr.count("failed logging") <= 1, run.stderr
     assert len(run.stderr) < 3000
-    assert len(run.stdout.splitlines()) < EPOCHS + 20, run.stdout
     assert machine.outputs("model.pt").is_file()
     assert machine.outputs("checkpoint.pt").is_file()
-
-
-@pytest.mark.parametrize("target", ["", "store"])
-def test_a_server_that_was_restarted_with_another_secret_has_everything(
-    begin: Begin, machine: Machine, server: ClearMLServer, target: str
-) -> None:
-    """Also where its file server is the target."""
-    run = disturbed(begin, server, restart, "--output-uri", machine.home / target if target else "")
-    assert run.returncode == 0, run.everything
-    task = machine.read_task(run.task)
-    assert task["status"] == "completed"
-    for title, count in {"train batch": 3 * EPOCHS, "train": EPOCHS, "test": EPOCHS}.items():
-        assert len(task["scalars"]["loss"][title]["x"]) == count
-    (model,) = task["models"]
-    assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
-
-
-def test_what_is_no_checkpoint_is_named_in_one_line(begin: Begin) -> None:
-    run = begin("--resume", "/etc/passwd")
-    assert run.end() == 1
-    assert "error: cannot resume from /etc/passwd: " in run.line
-    assert run.stderr.splitlines() == [run.line]
 
 
 # --- objects that the store loses -------------------------------------------------------------------------------------
@@ -130,7 +74,7 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
 
 
 # --- a task that is there already -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("status", ["completed", "published", "failed", "stopped"])
+@pytest.mark.parametrize("status", ["completed", "stopped"])
 def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
     begin: Begin, server: ClearMLServer, status: str
 ) -> None:
@@ -175,15 +119,3 @@ def test_a_clone_is_used_and_its_own_destination_wins(
     assert run.stdout.count(own) == run.stdout.count(f"{own} {edited}\n") == bool(edited), run.stdout
     where = rf"^Storage: file://{machine.home}/store \(the task's output destination: "
     assert re.search(where, run.stdout, re.MULTILINE), run.stdout
-
-
-def test_a_refused_resume_does_not_advise_itself(begin: Begin, machine: Machine, server: ClearMLServer) -> None:
-    run = begin(*FEW, "--epochs", 10_000)
-    run.wait_for("epoch 1/")
-    run.process.terminate()
-    run.end()
-    server.tasks[run.task]["status"] = "completed"
-    again = begin("--resume")
-    assert again.end() == 2, again.everything
-    assert again.line.endswith(f"error: cannot resume: the task {run.task} is completed")
-    assert machine.outputs("checkpoint.pt").is_file()

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +16,7 @@ import psutil
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, Run
-from stores import Rclone, free_port
+from stores import Rclone
 
 PACKAGE = ROOT / "clearml_client"
 
@@ -49,8 +47,10 @@ def write(tmp_path: Path) -> Write:
 
 # --- what a script of one's own gets ----------------------------------------------------------------------------------
 def test_copied_it_works(write: Write, machine: Machine, stand_in: ClearMLServer, tmp_path: Path) -> None:
-    """With a server and a store, and without."""
-    offline = machine.run(write())
+    """With a server and a store, and without; a path may be a str."""
+    script = write()
+    script.write_text(script.read_text().replace("verify_upload(model)", 'verify_upload("line.pt")'))
+    offline = machine.run(script)
     assert offline.returncode == 0, offline.everything
     assert machine.session().exists()
     with Rclone(tmp_path / "store") as store:
@@ -68,6 +68,7 @@ def test_copied_it_works(write: Write, machine: Machine, stand_in: ClearMLServer
 
 
 ATEXIT = "import atexit; atexit.register(print, 'atexit: {}')"
+THREAD = "import threading, time; threading.Thread(target=time.sleep, args=[600]).start()"
 STOP = """import os, signal, threading
 threading.Timer(0.3, os.{kill}, [os.getpid(), signal.{name}]).start()
 while True:
@@ -80,11 +81,11 @@ ENDINGS = {
     "exit with words": ("raise SystemExit('words')", 1, "failed", "error: words"),
     "a mistake": ("1 / 0", 1, "failed", "error: ZeroDivisionError, see above"),
     "nested": ("with run.guard(): pass", 1, "failed", "run.guard was used before in this process"),
-    "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: cannot write a file: No space left"),
+    "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: [Errno 28] No space left"),
+    "a thread": (f"{THREAD}\nraise SystemExit('words')", 1, "failed", "error: words"),
 }
 STOPS = {
-    **dict.fromkeys(("kill SIGINT", "killpg SIGINT"), "interrupted"),
-    **{"kill SIGTERM": "terminated", "kill SIGHUP": "hung up"},
+    **{"killpg SIGINT": "interrupted", "kill SIGTERM": "terminated", "kill SIGHUP": "hung up"},
     **{"kill SIGUSR1": "stopped by SIGUSR1", "kill SIGXCPU": "out of CPU time"},
 }
 for case, words in STOPS.items():
@@ -108,7 +109,7 @@ def test_every_end_is_true_and_leaves_nothing(
     assert len(said) == bool(words), run.everything
     assert words in run.stderr
     assert ("Traceback" in run.stderr) == (case == "a mistake"), run.everything
-    assert "atexit: late\natexit: early\n" in run.stdout
+    assert ("atexit: late\natexit: early\n" in run.stdout) == (case != "a thread")  # which the process waits for
     *_, task = stand_in.tasks.values()
     assert task["status"] == status
 
@@ -127,7 +128,7 @@ def processes_of_session(number: int) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("below", "code", "words"),
     [
-        *(("print('below the block')", 0, ""), ("import sys; sys.exit(3)", 3, ""), ("raise SystemExit(4)", 4, "")),
+        ("late = open('late.txt', 'w'); late.write('flushed')\nraise SystemExit(3)", 3, ""),
         ("1 / 0", 1, "ZeroDivisionError: division by zero"),
         ("main()", 1, "run.guard was used before in this process, and a process has one run"),
     ],
@@ -140,7 +141,8 @@ def test_below_the_block_the_process_is_the_scripts(
     assert run.returncode == code, run.everything
     assert "atexit: early" in run.stdout
     assert (run.stderr.splitlines() or [""])[-1] == words
-    assert ("below the block" in run.stdout) == (code == 0)
+    if code == 3:  # an open file has what was written to it
+        assert (machine.home / "late.txt").read_text() == "flushed"
 
 
 def test_the_block_may_stand_outside_of_any_function(write: Write, machine: Machine) -> None:
@@ -214,24 +216,24 @@ def test_an_upload_in_the_background_is_waited_for(
     assert re.search(words, (run.stderr.splitlines() or [""])[-1]), run.stderr
 
 
-def test_copied_it_fails_fast_and_the_doctor_is_there(write: Write, machine: Machine, stand_in: ClearMLServer) -> None:
-    machine.configure(stand_in.configuration().replace(stand_in.api_url, f"http://127.0.0.1:{free_port()}"))
-    run = machine.run(write())
-    assert run.returncode == 1
-    (line,) = run.stderr.splitlines()
-    assert line.startswith("script.py: error: no answer from the ClearML API server")
-    command = ["-m", *line.partition(" -m ")[2].split()]
-    done = subprocess.run([sys.executable, *command], cwd=write().parent, env=machine.environment, capture_output=True)
-    assert b"no answer from the ClearML API server" in done.stdout
-    assert done.returncode == 1
+def test_no_worker_is_forked_while_the_sdk_asks_git(write: Write, machine: Machine, tmp_path: Path) -> None:
+    """It would hold the pipe to git open, and the SDK would wait for it at the end."""
+    git, asked = tmp_path / "bin/git", tmp_path / "asked"
+    git.parent.mkdir()
+    git.write_text(f"#!/bin/sh\nsleep 1\ntouch {asked}\nexit 1\n")
+    git.chmod(0o755)
+    machine.variables["PATH"] = f"{git.parent}:{os.environ['PATH']}"
+    hook = f"import os; os.register_at_fork(before=lambda: print('asked:', os.path.exists('{asked}')))"
+    run = machine.run(write(top=hook))
+    assert run.returncode == 0, run.everything
+    assert "asked: True" in run.stdout
+    assert "asked: False" not in run.stdout
 
 
 # --- what waits for ever ----------------------------------------------------------------------------------------------
-LIMIT = "from clearml_client.ending import LIMITS, limit; import ctypes, time\n"
-STACKS = "where each thread stands is in "
+LIMIT = "from clearml_client.ending import LIMITS, limit; import time\n"
 HANGS = {
-    "a thread that waits": ("block", "with limit(1, 'a'): time.sleep(600)", f"error: a: no answer for 1 s; {STACKS}"),
-    "the interpreter's lock held": ("above", "with limit(1, 'a'): ctypes.PyDLL(None).sleep(600)", "Timeout (0:00:11)!"),
+    "a thread that waits": ("block", "with limit(1, 'a'): time.sleep(600)", "error: a: no answer for 1 s; "),
     "Task.init": ("above", "LIMITS['init'] = 2", "error: Task.init waits for the ClearML server: no answer for 2 s; "),
 }
 
@@ -249,8 +251,7 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(
     released.set()
     assert run.returncode == 1, run.everything
     assert words in run.stderr
-    stacks = re.search(f"{STACKS}(.*)", run.stderr)
-    assert re.search("script.py.* in (main|<module>)", Path(stacks[1]).read_text() if stacks else run.stderr)
+    assert re.search("script.py.* in (main|<module>)", run.stderr)
 
 
 def test_the_users_own_settings_win(write: Write, machine: Machine) -> None:

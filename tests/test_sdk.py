@@ -5,9 +5,10 @@ import inspect
 import clearml.utilities.resource_monitor
 import pytest
 from clearml import Task
+from clearml.backend_interface.task.development.worker import DevWorker
+from clearml.backend_interface.task.log import TaskHandler
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 from clearml.utilities.check_updates import CheckPackageUpdates
-from clearml_server import ClearMLServer
 
 from clearml_client import sdk
 
@@ -20,6 +21,9 @@ NAMES = [
     (_Boto3Driver, "_get_boto_resource_kwargs_from_config"),
     (_HttpDriver, "get_file_server_hosts"),
     (Task, "_at_exit"),
+    (Task, "_wait_for_repo_detection"),
+    (DevWorker, "unregister"),
+    (TaskHandler, "_log_stderr"),
     (clearml.utilities.resource_monitor, "gpustat"),
     (CheckPackageUpdates, "_package_version_checked"),
 ]
@@ -42,11 +46,3 @@ def test_settings_can_be_read_changed_and_forgotten() -> None:
     assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
     sdk.forget_settings()
     assert sdk.setting("sdk.aws.s3.use_credentials_chain", None) == before
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_call_arrives_though_the_server_was_restarted_with_another_secret(stand_in: ClearMLServer) -> None:
-    keys = {"api_key": stand_in.access_key, "secret_key": stand_in.secret_key}
-    session = sdk.Session(host=stand_in.api_url, http_retries_config={"total": 1}, **keys)
-    stand_in.renew_secret()
-    assert session.send_request("projects", "get_all", json={}).status_code == 200
