@@ -147,7 +147,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             if not os.getenv(variable, "").startswith(f"{os.getpid()}:"):
                 os.environ.pop(variable, None)
         agent.exclude_lock_from_diff()
-        with explained(doctor=True):
+        with explained():
             configuration.check(self.offline)
             configuration.check_cache()
             reason = configuration.why_offline(self.offline)
@@ -159,7 +159,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             Task.set_offline(True)
             self.output_uri = self.check_storage(self.given) if self.given else ""
             return
-        with explained(doctor=True):
+        with explained():
             server.session()  # it answers, and the keys are good
             server.web_page()  # which Task.init prints
         if self.resume and not self.resume.startswith("offline-"):
@@ -175,13 +175,13 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         if not uri:
             uri, source = storage.default_target()
         if not uri:
-            with explained(doctor=True):
+            with explained():
                 uri, source = storage.file_server(), origin(FILES, "from api.api_server")
         self.output_uri = self.check_storage(uri, source)
 
     def check_storage(self, uri: str, source: str = "") -> str:
         what = f"no storage at {uri}"
-        with explained(what, source, doctor=True), limit(60, what):
+        with explained(what, source), limit(60, what):
             storage.check_access(uri)
         uri = uri.rstrip("/") if "://" in uri else f"file://{Path(uri).expanduser().absolute()}"
         print(f"Storage: {uri} ({source + ': ' if source else ''}written, read back, deleted)")
@@ -197,7 +197,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         path = Path(path)
         wait_for_server(f"the model is in {path}, and the last reports did not reach the server")
         what = f"the model is in {path}, but not at {self.output_uri or 'the ClearML session'}"
-        with explained(what, doctor=True), limit(120 + path.stat().st_size / 1e5, what):
+        with explained(what), limit(120 + path.stat().st_size / 1e5, what):
             if self.output_uri:
                 storage.open_store(self.output_uri).check_place()  # or the SDK would try for long
             try:
@@ -229,7 +229,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         else:
             what, last = "the last reports did not reach the server", f"Results: {task.get_output_log_web_page()}"
         wait_for_server(what)
-        with explained(what, doctor=not task.is_offline()), limit(180, what):
+        with explained(what), limit(180, what):
             task.flush(wait_for_uploads=True)
             for address, size in stored_objects().items():
                 store = storage.open_store(address)
@@ -288,7 +288,7 @@ def wait_for_server(what: str) -> None:
     """Wait for the server, a minute at most, and see that it still has the task. Else RunError with these words."""
     if Task.is_offline():
         return
-    with explained(what, doctor=True), limit(120, what):
+    with explained(what), limit(120, what):
         server.ping(patience=60)
         if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
             raise RunError("somebody has deleted the task on the ClearML server")
@@ -321,10 +321,10 @@ def stored_objects() -> dict[str, int]:
 
 # --- what went wrong --------------------------------------------------------------------------------------------------
 @contextmanager
-def explained(what: str = "", source: str = "", doctor: bool = False) -> Iterator[None]:
+def explained(what: str = "", source: str = "") -> Iterator[None]:
     """Raise a RunError with these words before it, also for what the SDK or a store's library raises in the block.
 
-    `source`: who said what was tried. `doctor`: it can tell more about the cause.
+    `source`: who said what was tried. The doctor can tell more about the cause.
     """
     try:
         yield
@@ -336,7 +336,7 @@ def explained(what: str = "", source: str = "", doctor: bool = False) -> Iterato
         else:
             raise
         wrapped = RunError(f"{what}: {known}" if what else str(known), known.cure, known.source or source)
-        wrapped.code, wrapped.doctor = known.code, doctor
+        wrapped.code, wrapped.doctor = known.code, True
         raise wrapped from error
 
 

@@ -183,7 +183,15 @@ def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tm
     bench.server.start()
     other.wait_for("the ClearML server is back")
     bench.ends(other, "the server dies during training and comes back")
-    the_server_has_everything(bench.server, other, machine)
+    curves = stored_curves(bench.server, other.task)
+    assert [*curves["loss", "train batch"]] == [*range(1, 13)]
+    assert [*curves["accuracy", "test"]] == [3, 6, 9, 12]
+    task = machine.read_task(other.task)
+    assert all(task["console"].count(f"epoch {epoch}/4 ") == 1 for epoch in range(1, 5))
+    assert {"confusion matrix", "per class"} <= task["plots"].keys()
+    assert (len(task["samples"]), "predictions" in task["artifacts"]) == (1, True)
+    (model,) = task["models"]
+    assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
     bench.ends(deserted, "the server dies during training and stays away")
     (model,) = machine.home.glob("deserted/*/model.pt")
     assert str(model.relative_to(machine.home)) in deserted.line
@@ -191,30 +199,7 @@ def test_a_server_that_dies_costs_no_training(bench: Bench, machine: Machine, tm
     assert named_checkpoint(deserted, machine)["epoch"] == 4
 
 
-def the_server_has_everything(server: ClearMLServer, run: Run, machine: Machine) -> None:
-    curves = stored_curves(server, run.task)
-    assert [*curves["loss", "train batch"]] == [*range(1, 13)]
-    assert [*curves["accuracy", "test"]] == [3, 6, 9, 12]
-    task = machine.read_task(run.task)
-    assert task["status"] == "completed"
-    assert all(task["console"].count(f"epoch {epoch}/4 ") == 1 for epoch in range(1, 5))
-    assert {"confusion matrix", "per class"} <= task["plots"].keys()
-    assert (len(task["samples"]), "predictions" in task["artifacts"]) == (1, True)
-    (model,) = task["models"]
-    assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
-
-
 # --- the storage dies -------------------------------------------------------------------------------------------------
-def go_on(run: Run, begin: Begin, *more: object) -> Run:
-    """Do what the last line says: it uploads what is there, without training again."""
-    command = re.search(r"pytorch_mnist.py (--resume [^\s;]+)", run.line)
-    assert command
-    again = begin(*command[1].split(), *more)
-    assert again.end() == 0, again.everything
-    assert "epoch 1/" not in again.stdout
-    return again
-
-
 def stored_at(run: Run) -> str:
     return str(re.findall(r"^Stored: (.*)$", run.stdout, re.MULTILINE)[0])
 
@@ -243,6 +228,7 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp
         bench.ends(run, model=model.relative_to(machine.home / "outputs"), uri=uri)
         assert "Could not connect" in run.line
         assert evaluate(model, 200) == pytest.approx(float(EPOCH.findall(run.stdout)[-1][4]), abs=0.005)
+        assert named_checkpoint(run, machine)["epoch"] == 12
         task = bench.server.tasks[run.task]
         assert uri in task["status_reason"]
 
@@ -250,7 +236,9 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, machine: Machine, tmp
             store.start()
         assert not store.keys()
         machine.configure(bench.server.configuration(), store.clearml_conf())  # mended: the store at its own port
-        again = go_on(run, bench.begin, "--output-uri", store.uri())
+        again = bench.begin("--resume", f"outputs/{run.task}/checkpoint.pt", "--output-uri", store.uri())
+        assert again.end() == 0, again.everything
+        assert "epoch 1/" not in again.stdout
         (key,) = [key for key in store.keys() if key.endswith("models/model.pt")]
         assert stored_at(again) == store.uri(key)
         assert store.get(key) == model.read_bytes()
