@@ -16,7 +16,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -48,18 +48,25 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @cache
+def scratch() -> Path:
+    """A folder that no test looks into, which goes at the end."""
+    folder = tempfile.TemporaryDirectory(prefix="clearml-client-tests-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
 def mnist(train: int, test: int) -> Path:
     """A folder for --data-dir: the first images of both sets, in files like the published ones."""
-    folder = tempfile.TemporaryDirectory(prefix="mnist-")
-    atexit.register(folder.cleanup)
-    raw = Path(folder.name, "MNIST/raw")
+    folder = scratch() / f"mnist-{train}-{test}"
+    raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
     for name in MNIST_FILES:
         content = gzip.decompress((ROOT / f"data/MNIST/raw/{name}.gz").read_bytes())
         count, head, size = train if "train" in name else test, 16 if "images" in name else 8, 784
         end = head + count * (size if "images" in name else 1)
         (raw / f"{name}.gz").write_bytes(gzip.compress(content[:4] + struct.pack(">I", count) + content[8:end]))
-    return Path(folder.name)
+    return folder
 
 
 @dataclass
@@ -81,7 +88,7 @@ class Machine:
         extra["OMP_NUM_THREADS"] = "1"  # tests run side by side
         return {**mine, **extra, **self.variables}
 
-    def start(self, script: str | Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    def start(self, script: str | Path, *arguments: object, cwd: Path | None = None, **streams: int) -> "Run":
         """Start a script, or a module: "-m", its name. In a fork of the zygote, unless it must be a fresh process.
 
         A script is the checkout's, and one that begins with ./ is in the folder from which it is started.
@@ -90,22 +97,19 @@ class Machine:
         is_training = "pytorch_mnist.py" in {Path(part).name for part in command}
         if is_training and "--data-dir" not in command and not self.whole:
             command += ["--data-dir", str(mnist(600, 200))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        options = {**pipes, "cwd": self.home, "env": self.environment, "encoding": "utf-8", **options}
-        options["start_new_session"] = True
-        if not self.fresh and early(self.environment) == early(Machine(ROOT).environment):
-            return Forked([sys.executable, *command], **options)
-        if script == "-m":
-            options["env"] = {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.home}", **self.environment}
-        return subprocess.Popen([sys.executable, *command], **options)
+        environment = self.environment
+        forked = not self.fresh and early(environment) == early(Machine(ROOT).environment)
+        if script == "-m" and not forked:
+            environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.home}", **environment}
+        return Run([sys.executable, *command], cwd or self.home, environment, forked, **streams)
 
     def run(self, script: str | Path, *arguments: object, **options: Any) -> "Run":
         """Run to the end."""
-        run = Run(self.start(script, *arguments, **options))
+        run = self.start(script, *arguments, **options)
         try:
             run.end()
         finally:
-            run.process.kill()
+            run.kill()
         return run
 
     def train(self, *arguments: object, **variables: str) -> "Run":
@@ -150,43 +154,44 @@ def plain_start() -> float:
 
 
 class Run:
-    """A run of the script, its output read while it comes."""
+    """A run of a program. Its output goes to files, unless a stream is given: nobody has to read while it comes."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, command: list[str], folder: Path, environment: dict[str, str], forked: bool, **given: int):
+        self.output = {name: scratch() / f"{uuid4().hex}.{name}" for name in ("stdout", "stderr")}
+        kind: Any = Forked if forked else subprocess.Popen
+        with ExitStack() as stack:
+            streams = {name: stack.enter_context(open(path, "wb")).fileno() for name, path in self.output.items()}
+            streams |= {"stdin": stack.enter_context(open(os.devnull)).fileno(), **given}
+            self.process = kind(command, cwd=folder, env=environment, start_new_session=True, **streams)
         self.since = time.monotonic()  # what it is timed from: its start, or the last signal
         self.ended = 0.0
-        self.text: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self.readers = [threading.Thread(target=self.read, args=(name,), daemon=True) for name in self.text]
-        for reader in self.readers:
-            reader.start()
+        self.waiting = threading.Thread(target=self.wait, daemon=True)
+        self.waiting.start()
 
-    def read(self, name: str) -> None:
-        with getattr(self.process, name) as pipe:
-            for line in pipe:
-                self.text[name].append(line)
-        self.ended = time.monotonic()  # though the test may wait for another run first
+    def wait(self) -> None:
+        self.process.wait()
+        self.ended = time.monotonic()  # though the test may look at another run first
 
     @property
     def returncode(self) -> int:
-        return self.process.returncode
+        return int(self.process.returncode)
 
     @property
     def stdout(self) -> str:
-        return "".join(self.text["stdout"])
+        return self.output["stdout"].read_text(errors="replace")
 
     @property
     def stderr(self) -> str:
-        return "".join(self.text["stderr"])
+        return self.output["stderr"].read_text(errors="replace")
 
     @property
     def everything(self) -> str:
         return f"exit code {self.process.returncode}\n{self.stdout}\n{self.stderr}"
 
-    def wait_for(self, words: str, times: int = 1) -> None:
+    def wait_for(self, words: str) -> None:
         deadline = time.monotonic() + HANGS
-        while self.stdout.count(words) < times:
-            assert self.process.poll() is None, self.everything
+        while words not in self.stdout:
+            assert self.waiting.is_alive() or words in self.stdout, self.everything
             if time.monotonic() > deadline:
                 self.give_up()
             time.sleep(0.02)
@@ -196,24 +201,26 @@ class Run:
         self.since = time.monotonic()
         os.killpg(self.process.pid, number)
 
+    def kill(self) -> None:
+        """End the process, and what it has started and left behind."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+
     def give_up(self) -> NoReturn:
         self.process.send_signal(signal.SIGUSR2)  # a fork of the zygote then shows where each of its threads stands
         time.sleep(1)
-        self.process.kill()
+        self.kill()
         pytest.fail(f"not at an end after {HANGS} s\n{self.everything}")
 
     def end(self, within: float | None = None) -> int:
         """The exit code. Only a promise of seconds is a bound, to which a busy machine adds its own slowness."""
-        try:
-            code = self.process.wait(timeout=HANGS)
-        except subprocess.TimeoutExpired:
+        self.waiting.join(HANGS)
+        if self.waiting.is_alive():
             self.give_up()
-        for reader in self.readers:
-            reader.join()
         assert not [secret for secret in SECRETS if secret in self.everything]
-        if within and (took := (self.ended or time.monotonic()) - self.since) > within:
+        if within and (took := self.ended - self.since) > within:
             assert took < within + 3 * plain_start(), self.everything
-        return code
+        return self.returncode
 
     @property
     def line(self) -> str:
@@ -267,12 +274,12 @@ def begin(machine: Machine) -> Iterator[Begin]:
 
     def start(*arguments: object, script: str | Path = "pytorch_mnist.py", **more: str) -> Run:
         other = replace(machine, variables={**machine.variables, **more})
-        runs.append(Run(other.start(script, *arguments)))
+        runs.append(other.start(script, *arguments))
         return runs[-1]
 
     yield start
     for run in runs:
-        run.process.kill()
+        run.kill()
         run.end()
 
 
@@ -335,6 +342,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fresh", action="store_true", help="start each run from nothing, not in a fork")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for every 200 lines of tests that are asked for: each imports torch, which costs seconds."""
+    asked = [config.rootpath / argument.partition("::")[0] for argument in config.args]
+    files = [file for path in asked for file in (path.rglob("test_*.py") if path.is_dir() else [path])]
+    return min(4, sum(len(file.read_text().splitlines()) for file in files) // 200)  # more than cores: a run waits, too
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """All workers of pytest-xdist, which are processes of this one, share the one that forks for each run."""
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, and under nohup
@@ -351,7 +365,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.add_cleanup(keep())
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(keep())
     Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
 
 

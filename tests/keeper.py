@@ -1,4 +1,4 @@
-"""End whatever a process has started once that process is gone, even if it was killed with -9.
+"""End whatever pytest has started once it is gone, even if it was killed with -9.
 
 A variable of a name of its own marks what the process starts, and what that starts in turn: the environment is
 inherited. A program that waits for the end of its standard input, which the kernel closes, then kills all that have it.

@@ -57,7 +57,7 @@ class Lab:
     def disturb(self, step: int, disturbance: Callable[[], object], code: int = 1) -> str:
         """What a run says that something happens to before its step-th change."""
         variables = {**self.machine.variables, "STEP": str(step), "ACTION": "pause"}
-        run = Run(replace(self.machine, variables=variables).start(*HOOKED, self.project, "--delete", "--yes"))
+        run = replace(self.machine, variables=variables).start(*HOOKED, self.project, "--delete", "--yes")
         paused = self.machine.home / "paused"
         while not paused.exists():
             assert run.process.poll() is None, run.everything
@@ -499,14 +499,12 @@ def test_an_output_that_takes_nothing_costs_the_doctor_nothing_and_ends_the_clea
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as disk:
-        output = disk if full else writer
-        process = lab.machine.start(*CLEANUP, lab.project, stdout=output)
+        output = disk.fileno() if full else writer
+        run = lab.machine.start(*CLEANUP, lab.project, stdout=output)
         doctor = lab.machine.start("-m", "clearml_client.doctor", *storage, stdout=output)
     os.close(writer)
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert re.fullmatch(r"clearml_client\.cleanup: error: .*No space left on device.*\n" if full else "", errors)
-    assert (doctor.communicate()[1], doctor.returncode) == ("", 1)
+    assert (run.end(), doctor.end(), doctor.stderr) == (1, 1, "")
+    assert re.fullmatch(r"clearml_client\.cleanup: error: .*No space left on device.*\n" if full else "", run.stderr)
 
 
 def test_wrong_use_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -546,7 +544,7 @@ def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: i
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     ends: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = lab.machine.start(*CLEANUP, lab.project, "--delete", **ends)
+    run = lab.machine.start(*CLEANUP, lab.project, "--delete", **ends)
     os.close(theirs)
     text = b""
     with suppress(OSError):  # the other end is closed
@@ -555,7 +553,7 @@ def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: i
             if text.endswith(b"[yes/no] "):
                 os.write(ours, answer.encode())
     os.close(ours)
-    assert process.wait() == code
+    assert run.end() == code
     shown = text.decode()
     assert "To delete: 3 tasks" in shown.partition("[yes/no]")[0]
     assert len(lab.tasks()) == (3 if code else 0)

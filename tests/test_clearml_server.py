@@ -187,10 +187,9 @@ def test_what_is_revoked_void_or_deleted_is_refused(server: ClearMLServer) -> No
 
 def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> None:
     script = machine.start("tests/clearml_server.py")
-    assert script.stdout
-    lines = iter(script.stdout.readline, "# Ctrl-C ends the server.\n")
-    machine.configure(*lines)
+    script.wait_for("# Ctrl-C ends the server.\n")
+    machine.configure(script.stdout)
     done = machine.run("pytorch_mnist.py", "--dry-run")
-    script.send_signal(signal.SIGINT)
-    assert (done.returncode, *script.communicate()) == (0, "", ""), done.everything
-    assert script.returncode == 0
+    assert done.returncode == 0, done.everything
+    script.signal(signal.SIGINT)
+    assert (script.end(), script.stderr) == (0, "")

@@ -30,15 +30,15 @@ def test_an_epoch_learns_and_its_progress_bar_stays_at_the_terminal(
     """All of its session, brought to a server, is looked at in test_web_ui.py."""
     machine.whole = True
     terminal, far_end = os.openpty()
-    process = machine.start("pytorch_mnist.py", "--epochs", 1, stderr=far_end)
+    run = machine.start("pytorch_mnist.py", "--epochs", 1, stderr=far_end)
     os.close(far_end)
     seen = ""
     with suppress(OSError):  # EIO: the last writer has gone
         while True:
             seen += os.read(terminal, 4096).decode(errors="replace")
     os.close(terminal)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, seen
+    assert run.end() == 0, seen
+    printed = run.stdout
     assert re.search(r"\r *\d+%\|.*/469 \[", seen), seen
     assert printed.startswith("ClearML: offline session, because no server is configured")
     (line,) = EPOCH.findall(printed)

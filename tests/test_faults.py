@@ -92,7 +92,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Uninterr
     machine, server = Machine(tmp_path_factory.mktemp("home")), ClearMLServer(tmp_path_factory.mktemp("server"))
     server.start()
     machine.configure(server.configuration())
-    run = Run(machine.start("pytorch_mnist.py", *FEW, *RECIPE))
+    run = machine.start("pytorch_mnist.py", *FEW, *RECIPE)
     run.wait_for("epoch 1/12")
     folder = machine.outputs("checkpoint.pt").parent
     os.link(folder / "checkpoint.pt", folder / "saved.pt")
@@ -651,6 +651,18 @@ def test_any_name_works(bench: Bench, machine: Machine, tmp_path: Path, where: s
 
 
 # --- other programs ---------------------------------------------------------------------------------------------------
+@row("the output is cut", 0)
+def test_a_reader_that_leaves_early_costs_nothing(bench: Bench, machine: Machine) -> None:
+    reader, writer = os.pipe()
+    run = machine.start("pytorch_mnist.py", *FEW, "--epochs", 1, stdout=writer)
+    os.close(writer)
+    with open(reader) as output:
+        assert output.readline()
+    assert (run.end(), run.stderr) == (0, "")
+    assert is_whole(machine.outputs("model.pt"))
+    assert statuses(bench.server) == {"completed"}
+
+
 @row("two runs start at once", 0, status="completed")
 def test_two_runs_at_once_with_the_same_names_are_both_whole(bench: Bench, machine: Machine, tmp_path: Path) -> None:
     both = [bench.train("--epochs", 1, "--seed", seed, "--output-uri", tmp_path / "storage") for seed in (1, 2)]

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine, Run
-from stores import Rclone
+from conftest import ROOT, Machine
+from stores import Rclone, free_port
 
 PACKAGE = ROOT / "clearml_client"
 
@@ -100,10 +100,9 @@ def test_every_end_is_true_and_leaves_nothing(
     """Two workers live when it comes; `atexit` runs, also what was registered before the package was imported."""
     code, number, status, words = ENDINGS[case]
     machine.configure(stand_in.configuration())
-    run = Run(machine.start(write(top=ATEXIT.format("early"), block=f"{ATEXIT.format('late')}\n{code}")))
-    run.process.wait(timeout=120)
-    left = processes_of_session(run.process.pid)
+    run = machine.start(write(top=ATEXIT.format("early"), block=f"{ATEXIT.format('late')}\n{code}"))
     assert run.end() == number, run.everything
+    left = processes_of_session(run.process.pid)
     assert not left, run.everything
     said = [line for line in run.stderr.splitlines() if line.startswith("script.py: ")]
     assert len(said) == bool(words), run.everything

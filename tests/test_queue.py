@@ -13,10 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clearml_server import ClearMLServer, Doc
@@ -84,18 +82,12 @@ def start_agent(agent: Path, tmp_path: Path, stand_in: ClearMLServer) -> Iterato
     def start(*arguments: str, configuration: str = "", poll: float = 0.5) -> Run:
         machine.configure(stand_in.configuration(), configuration)
         machine.variables["CLEARML_AGENT_QUEUE_POLL_FREQ_SEC"] = str(poll)
-        ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(
-            [agent, *arguments], **ends, text=True, cwd=machine.home, env=machine.environment, start_new_session=True
-        )
-        runs.append(Run(process))
+        runs.append(Run([str(agent), *arguments], machine.home, machine.environment, forked=False))
         return runs[-1]
 
     yield start
     for run in runs:
-        with suppress(ProcessLookupError):
-            run.signal(signal.SIGKILL)
-        run.process.wait()
+        run.kill()
 
 
 def parameters(task: Doc) -> dict[str, str]:

@@ -28,7 +28,7 @@ import requests
 import trustme
 import werkzeug
 from clearml_server import ClearMLServer
-from conftest import FEW, ROOT, Begin, Machine, Run, mnist
+from conftest import FEW, ROOT, Begin, Machine, mnist
 from stores import Plug, Rclone, free_port
 
 import clearml_client
@@ -302,7 +302,7 @@ def test_the_command_to_go_on_starts_from_anywhere(begin: Begin, machine: Machin
     stopped.end()
     words = shlex.split(stopped.line.partition("to go on: ")[2])
     script = words.index(f"{ROOT}/pytorch_mnist.py")
-    resumed = Run(machine.start(*words[script:], cwd=tmp_path))
+    resumed = machine.start(*words[script:], cwd=tmp_path)
     resumed.wait_for("resumed after epoch ")
     resumed.process.kill()
     resumed.end()
@@ -324,8 +324,8 @@ def test_no_file_gets_the_number_of_a_closed_stream_and_errors_are_said_on_stdou
 
 def test_nothing_comes_after_the_last_line_of_an_offline_run(machine: Machine) -> None:
     with open(machine.home / "log.txt", "w") as log:
-        process = machine.start("pytorch_mnist.py", *FEW, "--offline", "--lr", 1e9, stdout=log, stderr=log)
-        assert process.wait() == 1
+        run = machine.run("pytorch_mnist.py", *FEW, "--offline", "--lr", 1e9, stdout=log.fileno(), stderr=log.fileno())
+    assert run.returncode == 1
     assert (machine.home / "log.txt").read_text().splitlines()[-1].startswith("pytorch_mnist.py: error: the loss is ")
     assert machine.session().is_file()
 

@@ -9,7 +9,6 @@ import atexit
 import faulthandler
 import gc
 import importlib
-import inspect
 import json
 import os
 import runpy
@@ -24,21 +23,33 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
+
+import psutil
 
 HEAVY = (
-    *("torch", "torchvision.datasets", "numpy", "PIL.ImageFont", "PIL.PngImagePlugin", "tqdm", "dotenv", "boto3"),
-    *("requests", "yaml", "jwt", "psutil", "furl", "pathlib2", "pyparsing", "jsonschema", "doctest"),
+    *(
+        "torch._dynamo",
+        "torchvision.datasets",
+        "numpy",
+        "PIL.ImageFont",
+        "PIL.PngImagePlugin",
+        "tqdm",
+        "dotenv",
+        "boto3",
+    ),
+    *("requests", "yaml", "jwt", "furl", "pathlib2", "pyparsing", "jsonschema", "doctest"),
     *("google.cloud.storage", "google.protobuf.json_format", "logging.config", "logging.handlers"),
     *("multiprocessing.dummy", "multiprocessing.queues", "multiprocessing.synchronize"),
 )
 # Read when torch is imported: a run with other values of these cannot be forked.
 EARLY = ("OMP_", "GOMP_", "MKL_", "KMP_", "PYTHONPATH", "PYTHONHASHSEED", "CUDA_", "LD_", "TORCH_")
-PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # as Popen names their ends
+OPENED = (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND | os.O_NOCTTY] * 2)  # how a fork opens its three streams
 
 
 def start_zygote(environment: dict[str, str]) -> Callable[[], None]:
     """Start the process, which all of pytest's workers share. Returns what stops it."""
-    os.environ["ZYGOTE"] = f"zygote-{os.getpid()}"
+    os.environ["ZYGOTE"] = f"zygote-{uuid4().hex}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind("\0" + os.environ["ZYGOTE"])  # in no file system
         listener.listen()
@@ -52,36 +63,27 @@ def start_zygote(environment: dict[str, str]) -> Callable[[], None]:
     return stop
 
 
-class Forked(subprocess.Popen[str]):
-    """A run in a fork. For the tests it is a Popen like any other, though its process is another one's child."""
+class Forked(psutil.Process):  # type: ignore[misc]
+    """A run in a fork, with what tests need of a Popen. It opens the test's files by their path in /proc."""
 
-    def _execute_child(self, *given: Any) -> None:
-        asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *given).arguments  # type: ignore[attr-defined]
+    def __init__(
+        self, command: list[str], cwd: Path, env: dict[str, str], stdin: int, stdout: int, stderr: int, **_: Any
+    ) -> None:
+        self.returncode: int | None = None
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection.connect("\0" + os.environ["ZYGOTE"])
-        order = {"arguments": asked["args"][1:], "environment": asked["env"], "folder": str(asked["cwd"])}
-        ends = (asked["p2cread"], asked["c2pwrite"], asked["errwrite"])
-        streams = [number if end == -1 else end for number, end in enumerate(ends)]
-        socket.send_fds(self.connection, [json.dumps(order).encode()], streams)
-        self._close_pipe_fds(*(asked[name] for name in PIPES))  # type: ignore[attr-defined]
-        self.pid = int(self.connection.recv(100))
+        streams = [f"/proc/{os.getpid()}/fd/{number}" for number in (stdin, stdout, stderr)]
+        order = {"arguments": command[1:], "environment": env, "folder": str(cwd), "streams": streams}
+        self.connection.send(json.dumps(order).encode())
+        super().__init__(int(self.connection.recv(100)))
 
-    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
-        with suppress(subprocess.TimeoutExpired):
-            self._wait(0)
+    def wait(self) -> int:
+        with self.connection:
+            self.returncode = int(self.connection.recv(100) or -signal.SIGKILL)
         return self.returncode
 
-    def _wait(self, timeout: float | None) -> int:
-        if self.returncode is None:
-            self.connection.settimeout(timeout)
-            try:
-                self.returncode = int(self.connection.recv(100) or -signal.SIGKILL)
-            except (TimeoutError, BlockingIOError):
-                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+    def poll(self) -> int | None:
         return self.returncode
-
-    def __del__(self, *_: Any) -> None:
-        self.connection.close()
 
 
 # --- the other end ----------------------------------------------------------------------------------------------------
@@ -93,44 +95,38 @@ def serve(listener: socket.socket) -> NoReturn:
             watch(connection)
         connection.close()
         with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # what has ended counts in `time pytest`
-                pass
+            os.waitpid(-1, os.WNOHANG)  # what has ended counts in `time pytest`
 
 
 def watch(connection: socket.socket) -> NoReturn:
-    """Fork for the run, tell its exit code, and end it where the test has gone."""
-    order, streams, _, _ = socket.recv_fds(connection, 1_000_000, 3)
-    if order:
-        if not (pid := os.fork()):
-            run(connection, streams, **json.loads(order))
-        for stream in streams:
-            os.close(stream)
-        ready, _, _ = select.select([connection.fileno(), os.pidfd_open(pid)], [], [])
-        if connection.fileno() in ready:  # it was closed: the test says no more
-            os.killpg(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        with suppress(OSError):
-            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+    """Fork for the run, and tell its exit code."""
+    order = json.loads(connection.recv(1_000_000))
+    if not (pid := os.fork()):
+        run(connection, **order)
+    _, status = os.waitpid(pid, 0)
+    with suppress(OSError):  # the test has gone
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
 
 
 def run(
-    connection: socket.socket, streams: list[int], arguments: list[str], environment: dict[str, str], folder: str
+    connection: socket.socket, arguments: list[str], environment: dict[str, str], folder: str, streams: list[str]
 ) -> NoReturn:
+    """In the fork: be a new process, run the script, end."""
     os.setsid()
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, OPENED[number]), number)
     connection.send(str(os.getpid()).encode())
-    for number, end in enumerate(streams):
-        os.dup2(end, number)
     os.closerange(3, 200)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
     encoding, _, errors = os.getenv("PYTHONIOENCODING", "utf-8").partition(":")
-    sys.stdin = os.fdopen(0, closefd=False, encoding=encoding)
-    sys.stdout = os.fdopen(1, "w", closefd=False, encoding=encoding, errors=errors or "strict")
-    sys.stderr = os.fdopen(2, "w", 1, closefd=False, encoding=encoding, errors="backslashreplace")
-    sys.__dict__.update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
+    text: Any = sys  # whose streams may be of another type
+    text.stdin.reconfigure(encoding=encoding)
+    text.stdout.reconfigure(encoding=encoding, errors=errors or "strict", line_buffering=sys.stdout.isatty())
+    text.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
     code = execute(arguments)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -164,13 +160,12 @@ def execute(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    select.select([listener], [], [])  # there are tests that start nothing
     for module in HEAVY:
         importlib.import_module(module)
-    import torch
-
-    torch.optim.SGD([torch.zeros(1)], 0.1)  # it imports torch._dynamo
     faulthandler.register(signal.SIGUSR2)  # what a test asks for when it gives a run up
     gc.collect()
     gc.freeze()  # the collections of a fork leave alone what was made here: a fifth of the CPU time of a run
     assert threading.active_count() == 1
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(listener)
