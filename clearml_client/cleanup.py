@@ -8,11 +8,10 @@ images, images of plots, and all else in its own folder, <output destination>/<p
 that was killed between an upload and its record leaves such an unrecorded object. The ClearML file server cannot list
 a folder, and some keys may not: then only recorded objects go. Where the keys are why, the task's line says so.
 
-What stays, each with its reason:
-  - a task that is published, queued or running, or that is a ClearML dataset
-  - a task with a published model or child, with a model that another task uses, or an object that one links to
-  - a task with an object or a folder in Azure, outside of each --folder, or in a store that cannot be asked
-  - an object that another task or model points to (it goes with the last of them), and a link to a data set or the like
+What stays, each with its reason: a task that is published, queued or running, or a ClearML dataset; a task with a
+published model or child, with a model that another task uses, or an object that one links to; a task with an object or
+a folder in Azure, outside of each --folder, or in a store that cannot be asked. An object that another task or model
+points to goes with the last of them. What is only a link, to a data set, say, stays.
 
 Killed, or a store broke down: run it again. The record of a task is deleted when each of its objects was seen gone, so
 that the next run finds what is left. (The SDK's own Task.delete() deletes the record first.)
@@ -107,12 +106,6 @@ def image_addresses(task: str) -> set[str]:
 
 
 # --- tasks and what they own ----------------------------------------------------------------------------------------
-def is_empty(folder: Path) -> bool:
-    with suppress(OSError):  # it cannot be listed, or is gone
-        return not any(folder.iterdir())
-    return False
-
-
 def find_store(address: str, folders: list[Path]) -> tuple[Store, str]:
     """Find the store of an address, as the SDK's configuration has it, and the key there. Raise RunError."""
     address = sdk.canonical(address)
@@ -120,12 +113,13 @@ def find_store(address: str, folders: list[Path]) -> tuple[Store, str]:
     if not separator or scheme == "file":
         path = Path(rest or address)
         path = path.parent.resolve() / path.name  # of a link only the link is removed
-        for folder in folders:
-            if path.is_relative_to(folder):
-                if is_empty(folder):  # all its objects would count as missing, and their records would go
-                    raise StorageError(f"{folder} is empty: is it mounted?", "mount it, or put any file there")
-                return Folder(str(folder)), str(path)
-        raise KeepTask(f"file://{path} is not below a --folder")
+        folder = next((folder for folder in folders if path.is_relative_to(folder)), None)
+        if not folder:
+            raise KeepTask(f"file://{path} is not below a --folder")
+        with suppress(OSError):  # it cannot be listed, or is gone
+            if not any(folder.iterdir()):  # all its objects would count as missing, and their records would go
+                raise StorageError(f"{folder} is empty: is it mounted?", "mount it, or put any file there")
+        return Folder(str(folder)), str(path)
     if scheme == "azure":  # where "not there" and "forbidden" look alike
         raise KeepTask("azure:// is no storage that this command knows")
     base = "/".join(address.split("/")[: 4 if scheme == "s3" else 3])  # s3: with the bucket after host:port
@@ -151,10 +145,9 @@ class StoredObject:
     key: str
     size: int | None  # None: it is gone already
 
-
-def delete_object(stored: StoredObject) -> None:
-    with named(stored.store):
-        stored.store.delete(stored.key)
+    def delete(self) -> None:
+        with named(self.store):
+            self.store.delete(self.key)
 
 
 @dataclass
@@ -164,21 +157,19 @@ class OldTask:
     id: str
     name: str
     days: int
-    folder: str  # where it stores what it makes; "" where that is unknown, or cannot be listed
-    recorded: dict[str, str] = field(default_factory=dict)  # the kind of each address of a model or an artifact
-    own_inputs: list[str] = field(default_factory=list)  # models of its own that it uses: it went on from a checkpoint
+    models: list[str] = field(default_factory=list)
     objects: list[StoredObject] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # addresses that it points to, of objects that are not its own
     not_listed: str = ""  # why a folder could not be listed
     reason: RunError | None = None  # why it stays
     deleted: bool = False
 
-    def keep(self, reason: RunError) -> None:
-        self.reason = self.reason or reason
+    def keep(self, reason: str | RunError) -> None:
+        self.reason = self.reason or (reason if isinstance(reason, RunError) else KeepTask(reason))
 
     def __str__(self) -> str:
-        parts = [f"{self.name} ({self.id}), {plural(self.days, 'day')}: {sum_up([self])}"]
-        return "; ".join(filter(None, [*parts, self.not_listed]))
+        text = f"{self.name} ({self.id}), {plural(self.days, 'day')}: {sum_up([self])}"
+        return f"{text}; {self.not_listed}" if self.not_listed else text
 
 
 def sum_up(tasks: list[OldTask]) -> str:
@@ -208,11 +199,14 @@ def folder_of(doc: Doc, project: str) -> str:
     return f"{root.rstrip('/')}/{path}" if root and not root.startswith("http") else ""
 
 
-def addresses_in(artifact: Doc) -> set[str]:
-    """Get its own address, and the `stored` of its metadata: the SDK takes no file:// link as an artifact's own."""
-    metadata = dict(pair for pair in artifact.get("display_data") or [] if len(pair) == 2)
-    stored = metadata.get("stored", "")
-    return {address for address in (artifact.get("uri"), stored if "://" in stored else "") if address}
+def addresses_in(doc: Doc, modes: tuple[str, ...] = ("input", "output")) -> set[str]:
+    """Get those of a task's artifacts, and the `stored` of their metadata: the SDK takes no file:// link as one."""
+    found = set()
+    for artifact in doc.get("execution", {}).get("artifacts", []):
+        if artifact["mode"] in modes:
+            metadata = dict(pair for pair in artifact.get("display_data") or [] if len(pair) == 2)
+            found |= {artifact.get("uri"), metadata.get("stored")}
+    return {address for address in found if address and "://" in address}
 
 
 @dataclass
@@ -233,55 +227,44 @@ class Project:
         fields = ["id", "name", "status", "status_changed", "system_tags", "execution.artifacts", "models.output"]
         return get_all("tasks", project=[self.id], only_fields=[*fields, "output.destination"], **more)
 
-    def survey(self, docs: list[Doc], leaving: set[str]) -> Iterator[OldTask]:
-        """Find what these tasks own, and why some of them stay. Tasks that are `leaving` keep no other from leaving."""
-        tasks = {}
-        for doc in docs:
-            age = datetime.now(UTC) - datetime.fromisoformat(doc["status_changed"])
-            task = tasks[doc["id"]] = OldTask(doc["id"], doc["name"], age.days, folder_of(doc, self.name))
-            if doc["status"] not in DELETABLE:
-                task.keep(KeepTask(f"it is {doc['status'].replace('in_progress', 'running')}"))
-            if "dataset" in doc["system_tags"]:
-                task.keep(KeepTask("it is a ClearML dataset, for clearml-data to delete"))
-            for artifact in doc.get("execution", {}).get("artifacts", []):
-                if artifact["mode"] != "input":
-                    task.recorded |= dict.fromkeys(addresses_in(artifact), "artifact")
-        for doc in get_all("tasks", parent=[*tasks], status=["published", "publishing"], only_fields=["id", "parent"]):
-            tasks[doc["parent"]].keep(KeepTask(f"its child {doc['id']} is published"))
-        owners = {output["model"]: doc["id"] for doc in docs for output in doc.get("models", {}).get("output", [])}
-        models = {model["id"]: model for model in get_all("models", task=[*tasks]) + get_all("models", id=[*owners])}
-        owners = {id_: owners.get(id_) or model["task"] for id_, model in models.items()}
-        users = defaultdict[str, set[str]](set)
-        for doc in get_all("tasks", **{"models.input.model": [*models]}, only_fields=["id", "models.input"]):
-            for used in doc["models"]["input"]:
-                users[used["model"]].add(doc["id"])
-        for id_, model in models.items():
-            task, name = tasks[owners[id_]], f"its model {model['name']} ({id_})"
-            if model.get("uri"):
-                task.recorded[model["uri"]] = "model"
-            if task.id in users[id_]:
-                task.own_inputs.append(id_)
+    def inspect(self, doc: Doc, leaving: set[str]) -> OldTask:
+        """Find the task's objects, in its record and in its folders, and why it stays. It stays where a store cannot be
+        asked. Tasks that are `leaving` keep no other from leaving."""
+        id_, age = doc["id"], datetime.now(UTC) - datetime.fromisoformat(doc["status_changed"])
+        task, leaving = OldTask(id_, doc["name"], age.days), {id_, *leaving}
+        if doc["status"] not in DELETABLE:
+            task.keep(f"it is {doc['status'].replace('in_progress', 'running')}")
+        if "dataset" in doc["system_tags"]:
+            task.keep("it is a ClearML dataset, for clearml-data to delete")
+        for child in get_all("tasks", parent=[id_], status=["published", "publishing"], only_fields=["id"]):
+            task.keep(f"its child {child['id']} is published")
+        outputs = [output["model"] for output in doc.get("models", {}).get("output", [])]
+        models = {model["id"]: model for model in get_all("models", task=[id_]) + get_all("models", id=outputs)}
+        task.models = [*models]
+        users = get_all("tasks", **{"models.input.model": [*models]}, only_fields=["id"])
+        for user in {user["id"] for user in users} | {model.get("task") or id_ for model in models.values()}:
+            if user not in leaving:
+                task.keep(f"a model of it is used by task {user}")
+        for model in models.values():
             if model.get("ready"):
-                task.keep(KeepTask(f"{name} is published"))
-            for user in {model.get("task") or task.id, *users[id_]} - {task.id} - leaving:
-                task.keep(KeepTask(f"{name} is used by task {user}"))
-        return self.pool.imap(partial(self.inspect, owners=owners, leaving=leaving), tasks.values())
-
-    def inspect(self, task: OldTask, owners: dict[str, str], leaving: set[str]) -> OldTask:
-        """Find the task's objects, in its record and in its folders. It stays where a store cannot be asked."""
-        kinds = dict.fromkeys(image_addresses(task.id), "image") | task.recorded
+                task.keep(f"its model {model['name']} ({model['id']}) is published")
+        kinds = dict.fromkeys(image_addresses(id_), "image") | dict.fromkeys(addresses_in(doc, ("output",)), "artifact")
+        kinds |= {model["uri"]: "model" for model in models.values() if model.get("uri")}
         try:
-            kinds |= dict.fromkeys(self.find_unrecorded(task, kinds), "unrecorded object")
-            pointers = {address: {("artifact", id_) for id_ in self.linkers.get(address, ())} for address in kinds}
+            kinds |= dict.fromkeys(self.find_unrecorded(task, folder_of(doc, self.name), kinds), "unrecorded object")
+            pointers = {
+                address: {("artifact", linker) for linker in self.linkers.get(address, ())} for address in kinds
+            }
             for model in get_all("models", uri=[address for address, kind in kinds.items() if kind != "image"]):
-                pointers[model["uri"]].add(("model", owners.get(model["id"]) or model.get("task") or model["id"]))
+                if model["id"] not in models:
+                    pointers[model["uri"]].add(("model", model.get("task") or model["id"]))
             for address, kind in sorted(kinds.items()):
-                others = {pointer for pointer in pointers[address] if pointer[1] not in {task.id, *leaving}}
-                if not owns(kind, task.id, address) or any(owns(*other, address) for other in others):
+                others = {(how, other) for how, other in pointers[address] if other not in leaving}
+                if not owns(kind, id_, address) or any(owns(*other, address) for other in others):
                     task.others.append(address)  # it goes with the last task that owns it
                     continue
                 for _, other in others:
-                    task.keep(KeepTask(f"task {other} has a link to its {kind} {address}"))
+                    task.keep(f"task {other} has a link to its {kind} {address}")
                 store, key = find_store(address, self.folders)
                 with named(store):
                     task.objects.append(StoredObject(kind, address, store, key, store.size(key)))
@@ -289,12 +272,12 @@ class Project:
             task.keep(error)
         return task
 
-    def find_unrecorded(self, task: OldTask, recorded: Iterable[str]) -> list[str]:
-        """List the task's folders: what no record has was left by a run that was killed between upload and record."""
+    def find_unrecorded(self, task: OldTask, own: str, recorded: Iterable[str]) -> list[str]:
+        """List the task's folders, its own first: what no record has was left by a run that was killed before it."""
         end = f".{task.id}/"
         known = [address for address in recorded if end in address]
         found = {self.place(address): "" for address in known}
-        for folder in sorted({address.partition(end)[0] + end for address in known} | {task.folder} - {""}):
+        for folder in sorted({address.partition(end)[0] + end for address in known} | {own} - {""}):
             store, key = find_store(folder, self.folders)
             prefix = key.rstrip("/") + "/"
             try:
@@ -321,14 +304,14 @@ class Project:
         docs = self.old_tasks(id=[id_])
         if not docs:
             raise KeepTask("it is no longer an archived, old task of this project")
-        (task,) = self.survey(docs, leaving=self.deleted)  # what was true when it was listed may have changed
+        task = self.inspect(docs[0], self.deleted)  # what was true when it was listed may have changed
         if task.reason:
             raise task.reason
-        self.pool.map(delete_object, task.objects)
+        self.pool.map(StoredObject.delete, task.objects)
         for stored in task.objects:
             session = SESSION.search(stored.address)
             stored.store.tidy(stored.key, session[0] if session else id_)
-        for model in task.own_inputs:  # which the server would keep
+        for model in task.models:  # the server would keep one that the task itself has used, as after a resumed run
             ask("models.delete", model=model, force=True, delete_external_artifacts=False)
         ask("tasks.delete", task=id_, delete_external_artifacts=False)  # not force: the server has its say, too
         self.deleted.add(id_)
@@ -363,11 +346,11 @@ def say(text: str) -> None:
 
 def list_tasks(project: Project, age: float) -> list[OldTask]:
     for doc in get_all("tasks", project=[project.id], only_fields=["id", "execution.artifacts"]):
-        for artifact in doc.get("execution", {}).get("artifacts", []):
-            for address in addresses_in(artifact):
-                project.linkers[address].add(doc["id"])
+        for address in addresses_in(doc):
+            project.linkers[address].add(doc["id"])
     docs = project.old_tasks()
-    tasks = [*tqdm(project.survey(docs, {doc["id"] for doc in docs}), "listed", len(docs), leave=False, disable=None)]
+    found = project.pool.imap(partial(project.inspect, leaving={doc["id"] for doc in docs}), docs)
+    tasks = [*tqdm(found, "listed", len(docs), leave=False, disable=None)]  # a bar, on a terminal only
     since = f"{age:g} day{'' if age == 1 else 's'}"
     say(f"{project.name}: {plural(len(tasks), 'archived task')}, unchanged for more than {since}")
     for task in tasks:

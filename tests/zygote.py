@@ -123,10 +123,10 @@ def run(
     os.environ.update(environment)
     tempfile.tempdir = None
     encoding, _, errors = os.getenv("PYTHONIOENCODING", "utf-8").partition(":")
-    text: Any = sys  # whose streams may be of another type
-    text.stdin.reconfigure(encoding=encoding)
-    text.stdout.reconfigure(encoding=encoding, errors=errors or "strict", line_buffering=sys.stdout.isatty())
-    text.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
+    sys.stdin = os.fdopen(0, closefd=False, encoding=encoding)
+    sys.stdout = os.fdopen(1, "w", closefd=False, encoding=encoding, errors=errors or "strict")
+    sys.stderr = os.fdopen(2, "w", 1, closefd=False, encoding=encoding, errors="backslashreplace")
+    sys.__dict__.update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
     code = execute(arguments)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

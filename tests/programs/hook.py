@@ -14,7 +14,7 @@ from typing import Any
 
 step, action = int(os.environ.get("STEP", 0)), os.environ.get("ACTION")
 changes, lock = 0, threading.Lock()
-request = re.compile(rb"(PUT|POST|DELETE|GET \S*/tasks\.delete) ?")
+request = re.compile(rb"(PUT|POST|DELETE|GET \S*/(?:tasks|models)\.delete) ?")
 
 
 def hook(event: str, args: tuple[Any, ...]) -> None:
