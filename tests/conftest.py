@@ -344,30 +344,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One for every 200 lines of tests that are asked for: each imports torch, which costs seconds."""
-    asked = [config.rootpath / argument.partition("::")[0] for argument in config.args]
+    asked = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
     files = [file for path in asked for file in (path.rglob("test_*.py") if path.is_dir() else [path])]
-    return min(4, sum(len(file.read_text().splitlines()) for file in files) // 200)  # more than cores: a run waits, too
+    lines = sum(len(file.read_text().splitlines()) for file in files if file.is_file())
+    return min(4, lines // 200)  # more than cores: a run waits, too
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """All workers of pytest-xdist, which are processes of this one, share the one that forks for each run."""
+def pytest_configure(config: pytest.Config) -> None:
+    """All workers of pytest-xdist, which are processes of this one, share what ends all, and what forks for a run."""
+    Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
     for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background, and under nohup
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if not (hasattr(session.config, "workerinput") or Machine.fresh or session.config.option.collectonly):
-        session.config.add_cleanup(start_zygote(Machine(ROOT).environment))
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(keep())
+        if not Machine.fresh:
+            config.add_cleanup(start_zygote(Machine(ROOT).environment))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What mostly waits goes first, and so one after the other in one worker, while the others have the cores."""
     items.sort(key=lambda item: item.get_closest_marker("waits") is None)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        config.add_cleanup(keep())
-    Machine.fresh = Machine.fresh or bool(config.getoption("--fresh"))
 
 
 @pytest.fixture(scope="session")
