@@ -44,7 +44,6 @@ HEAVY = (
 )
 # Read when torch is imported: a run with other values of these cannot be forked.
 EARLY = ("OMP_", "GOMP_", "MKL_", "KMP_", "PYTHONPATH", "PYTHONHASHSEED", "CUDA_", "LD_", "TORCH_")
-OPENED = (os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND | os.O_NOCTTY] * 2)  # how a fork opens its three streams
 
 
 def start_zygote(environment: dict[str, str]) -> Callable[[], None]:
@@ -115,7 +114,7 @@ def run(
     """In the fork: be a new process, run the script, end."""
     os.setsid()
     for number, path in enumerate(streams):
-        os.dup2(os.open(path, OPENED[number]), number)
+        os.dup2(os.open(path, (os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY) | os.O_NOCTTY), number)
     connection.send(str(os.getpid()).encode())
     os.closerange(3, 200)
     os.chdir(folder)
