@@ -21,11 +21,10 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
-
-import psutil
 
 HEAVY = (
     *(
@@ -62,7 +61,7 @@ def start_zygote(environment: dict[str, str]) -> Callable[[], None]:
     return stop
 
 
-class Forked(psutil.Process):  # type: ignore[misc]
+class Forked:
     """A run in a fork, with what tests need of a Popen. It opens the test's files by their path in /proc."""
 
     def __init__(
@@ -74,7 +73,7 @@ class Forked(psutil.Process):  # type: ignore[misc]
         streams = [f"/proc/{os.getpid()}/fd/{number}" for number in (stdin, stdout, stderr)]
         order = {"arguments": command[1:], "environment": env, "folder": str(cwd), "streams": streams}
         self.connection.send(json.dumps(order).encode())
-        super().__init__(int(self.connection.recv(100)))
+        self.pid = int(self.connection.recv(100))
 
     def wait(self) -> int:
         with self.connection:
@@ -83,6 +82,13 @@ class Forked(psutil.Process):  # type: ignore[misc]
 
     def poll(self) -> int | None:
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    terminate = partialmethod(send_signal, signal.SIGTERM)
+    kill = partialmethod(send_signal, signal.SIGKILL)
 
 
 # --- the other end ----------------------------------------------------------------------------------------------------
