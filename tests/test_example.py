@@ -68,7 +68,7 @@ def test_help_is_a_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with pytest.raises(SystemExit, match=r"^0$"):
         asked(monkeypatch, "--help")
     page = capsys.readouterr().out
-    assert set(re.findall(r"^  (--[\w-]+)", page, re.MULTILINE)) == {f"--{option}" for option in OPTIONS.split()}
+    assert {f"--{option}" for option in OPTIONS.split()} <= set(re.findall(r"^  (--[\w-]+)", page, re.MULTILINE))
     assert "(default: 3)" in page
     assert len(page.splitlines()) <= 60  # a screen and a half
 

@@ -1,6 +1,5 @@
 """What makes the training fast, held as mechanisms: times are for benchmarks/compare.py."""
 
-from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,8 @@ def train(monkeypatch: pytest.MonkeyPatch, batch_size: int, log_interval: int) -
     monkeypatch.setattr("pytorch_mnist.Logger.current_logger", lambda: logger)
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # the set is one tensor, and needs no workers
     images, labels = (tensor[:512] for tensor in pytorch_mnist.load_mnist(ROOT / "data", "t10k"))
-    args = Namespace(lr=0.1, momentum=0.9, weight_decay=0, batch_size=batch_size, log_interval=log_interval)
+    options = {"--lr": 0.1, "--weight-decay": 0, "--batch-size": batch_size, "--log-interval": log_interval}
+    args = pytorch_mnist.make_parser().parse_args([str(word) for option in options.items() for word in option])
     parts = pytorch_mnist.build(args, torch.device("cpu"), steps=-(-512 // batch_size))
     with Reads() as reads:
         pytorch_mnist.train(args, parts, images, labels, 1, shift=1)
