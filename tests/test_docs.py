@@ -1,61 +1,150 @@
-"""The blocks of docs/beyond-one-machine.md that stand for themselves, as a reader copies them."""
+"""The pages are right: links, options, files, commands with their output, and each block, as a reader copies it."""
 
 import re
+import shlex
+import socket
+import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+from clearml.backend_config.bucket_config import AzureContainerConfigurations
+from clearml.utilities.pyhocon import ConfigFactory
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine, blocks, mnist
-from reading import stored_curves
+from conftest import ROOT, Machine, blocks, copy_script, mnist
 from stores import Rclone
 
-# A finished search is a task of the project, too, and has no accuracy.
-SEARCH = """
-from clearml import Task
-Task.create("mnist-training-poc", "search", "optimizer").mark_completed(force=True)
-"""
-TOP = """
-class search:
-    get_top_experiments = lambda count: Task.get_tasks(project_name="mnist-training-poc")
-    stop = lambda wait_for_reporter: None
-"""
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for part in ("", "[!.]*/") for page in ROOT.glob(f"{part}*.md")}
+STORAGE, CLEAN_UP = PAGES["docs/storage.md"], "docs/clean-up.md"
+DEMO = ("--project-name", "demo-project", "--task-name")
+page_by_page = pytest.mark.parametrize("page", PAGES)
 
 
-def test_models_and_scores_come_back(machine: Machine, online: ClearMLServer, rclone: Rclone, tmp_path: Path) -> None:
-    """The model of the newest run of a name from wherever it was stored, the best run, and what a search prints."""
+def fenced(text: str, language: str) -> list[str]:
+    """Its blocks, without those behind a comment such as <!-- needs a server of your own -->."""
+    return re.findall(rf"(?<!-->\n)^```(?:{language})\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+# --- links, names and commands ----------------------------------------------------------------------------------------
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.*)", text, re.M)}
+
+
+@page_by_page
+def test_links_lead_to_files_and_chapters(page: str) -> None:
+    for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)', PAGES[page]):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert "://" in target or file.exists(), target
+        assert "://" in target or not anchor or anchor in anchors(file.read_text()), target
+
+
+@page_by_page
+def test_files_and_options_that_a_page_names_are_there(page: str) -> None:
+    """Of the repository; what a run makes, or an option in the middle of a command, is of no account."""
+    sources = [ROOT / "pytorch_mnist.py", ROOT / "tests/conftest.py", *ROOT.glob("clearml_client/*.py")]
+    options = {option for file in sources for option in re.findall(r'"(--[a-z-]+)"', file.read_text())}
+    assert set(re.findall("`(--[a-z-]+)", PAGES[page])) <= options
+    named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|toml|lock|default)|data/[\w/]+|\.ci/\w+)`", PAGES[page])
+    for name in named:
+        assert (ROOT / name).exists() or ((ROOT / page).parent / name).exists(), name
+
+
+def run_commands(machine: Machine, page: str) -> str:
+    """Run what the page has the reader type, and return what is printed."""
+    printed = ""
+    for line in "".join(fenced(PAGES[page], "bash|console")).splitlines():
+        first, second, *words = shlex.split(line, comments=True)
+        assert (first, second) == ("uv", "run"), f"mark what no test can run: {line}"
+        done = machine.run(*words, *["--yes"] * ("--delete" in words))  # here is no terminal on which it could ask
+        assert done.returncode == 0, done.everything
+        printed += done.stdout
+    return printed
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != CLEAN_UP and fenced(PAGES[page], "bash|console")])
+def test_commands_run(page: str, machine: Machine, online: ClearMLServer, rclone: Rclone) -> None:
+    machine.configure(online.configuration(), rclone.clearml_conf())
+    machine.variables["CLEARML_OUTPUT_URI"] = rclone.uri("pages")
+    assert run_commands(machine, page)
+
+
+def test_the_clean_up_prints_what_its_page_shows(machine: Machine, online: ClearMLServer, rclone: Rclone) -> None:
+    """But for the figures. A task is published, and nothing that the oldest one uploaded was recorded."""
+    machine.configure(online.configuration(), rclone.clearml_conf())
+    for name, days in {"first": 45, "second": 44, "third": 43}.items():
+        run = machine.train("--dry-run", *DEMO, name, "--output-uri", rclone.uri())
+        task = online.tasks[run.task]
+        task |= {"system_tags": ["archived"], "status_changed": (datetime.now(UTC) - timedelta(days)).isoformat()}
+        if name == "first":
+            online.events[run.task].clear()
+            online.models.clear()
+            task["execution"]["artifacts"], task["models"]["output"] = [], []
+    task["status"] = "published"
+    printed = run_commands(machine, CLEAN_UP).replace(rclone.host, "storage.example.com:9000")
+    (shown,) = fenced(PAGES[CLEAN_UP], "text")
+    assert re.sub(r"[0-9a-f]{32}|\d+", "0", shown) in re.sub(r"[0-9a-f]{32}|\d+", "0", printed)
+
+
+# --- the chapters -----------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
+def test_what_the_page_of_the_storage_says_is_what_the_programs_say() -> None:
+    """The SDK reads the block for Azure; .env.default has each URI; what is said to be printed is in the programs."""
+    _, block = fenced(STORAGE, "hocon")
+    (entry,) = ConfigFactory.parse_string(block)["sdk.azure.storage.containers"]
+    uri = "azure://account.blob.core.windows.net/container/path"
+    used = AzureContainerConfigurations.from_config({"containers": [entry]}).get_config_by_uri(uri)
+    assert (used.account_name, used.account_key, used.container_name) == ("account", "SECRET-KEY", "container")
+    kinds, pitfalls = (STORAGE.split(start)[1].split("\n\n")[0] for start in ("| What you have", "| What is printed"))
+    example = (ROOT / ".env.default").read_text()
+    for said in re.findall("`((?:s3|gs|azure):.*?|/mnt/.*?|AWS_[A-Z_]+)[=`]", kinds):
+        assert re.search(rf"[ =]{re.escape(said)}[=\n]", example), said
+    code = "".join(source.read_text() for source in ROOT.glob("clearml_client/*.py"))
+    for said in re.findall("`(.*?)`", "".join(row.split("|")[1] for row in pitfalls.splitlines()[2:])):
+        assert all(part in code for part in said.split("…")), said
+
+
+def test_the_model_comes_back(machine: Machine, online: ClearMLServer, rclone: Rclone, tmp_path: Path) -> None:
+    """The newest of a name, from wherever it was stored."""
     machine.configure(online.configuration(), rclone.clearml_conf())
     training = ["--data-dir", mnist(1000, 200), "--batch-size", 25, "--epochs", 1]
     targets = {"in a store": rclone.uri("models"), "on the file server": "", "in a folder": tmp_path / "models"}
-    assert machine.train("--task-name", "in a store", "--dry-run", "--lr", 0.001).returncode == 0  # neither
+    (block,) = blocks("Use the model")
+    program = ""
     for name, target in targets.items():
-        run = machine.train("--task-name", name, *training, "--output-uri", target)
+        run = machine.train(*DEMO, name, *training, "--output-uri", target)
         assert run.returncode == 0, run.stderr
-
-    newest, best = (f"{block}print(task.id)" for block in blocks("Use the model"))
-    newest_of_each = [newest.replace('"first"', repr(name)) for name in targets]
-    (search,) = blocks("A search over many runs")
-    top = search[search.index("for task in search") :]
-    program = "\n".join([*newest_of_each, SEARCH, best, TOP, top]).replace("demo-project", "mnist-training-poc")
+        program += block.replace('"first"', repr(name))
     for module in ("pytorch_mnist.py", "clearml_client"):  # "in the checkout"
         (machine.home / module).symlink_to(ROOT / module)
     (machine.home / "use.py").write_text(program)
     used = machine.run(machine.home / "use.py")
-    assert used.returncode == 0, used.stderr
-    assert {task["status"] for task in online.tasks.values()} == {"completed"}
-    _, *tasks, _ = online.tasks
-    scores = {task: stored_curves(online, task).get(("accuracy", "test"), {}) for task in online.tasks}
-    accuracies = {task: list(curve.values())[-1] for task, curve in scores.items() if curve}
-    printed = [line for task in tasks for line in ("7 is read as 7", task)]
-    expected = [*printed, max(accuracies, key=accuracies.__getitem__)]
-    lines = used.stdout[used.stdout.index("7 is read") :].splitlines()
-    assert lines[: len(expected)] == expected
-    assert {line.split()[0] for line in lines[len(expected) :]} == set(accuracies)
+    assert used.stdout.splitlines() == ["7 is read as 7"] * len(targets), used.stderr
 
 
-def test_the_search_has_the_names_that_a_run_has() -> None:
-    """A run of it takes minutes and an agent: it was made by hand."""
-    (search,) = blocks("A search over many runs")
-    compile(search, "search", "exec")
-    source = (ROOT / "pytorch_mnist.py").read_text()
-    for option in re.findall(r"Args/(\w+)", search):
-        assert f'"--{option}"' in source
+def test_a_search_finds_the_names_that_its_chapter_gives() -> None:
+    source, page = (ROOT / "pytorch_mnist.py").read_text(), PAGES["docs/beyond-one-machine.md"]
+    lr, momentum = re.findall(r"`Args/(\w+)`", page)
+    assert f'"--{lr}"' in source
+    assert f'"--{momentum}"' in source
     assert 'report_scalar("accuracy", "test", accuracy' in source
+
+
+def test_what_the_page_turns_off_is_not_sent(machine: Machine, online: ClearMLServer, tmp_path: Path) -> None:
+    """Nor is a password in the address of the repository, in any run."""
+    script = copy_script(tmp_path / "copy")
+    (setting,), (arguments,) = (fenced(PAGES["docs/security.md"], language) for language in ("hocon", "python"))
+    script.write_text(script.read_text().replace("auto_connect_frameworks=", f"{arguments} auto_connect_frameworks="))
+    commit = "git init -q && git add . && git -c user.name=me -c user.email=me@example.com commit -qm one"
+    remote = "git remote add origin https://me:a-password@git.invalid/repository"
+    change = "echo '# uncommitted' >> pytorch_mnist.py"
+    subprocess.run(f"{commit} && {remote} && {change}", shell=True, cwd=script.parent, check=True)
+    machine.configure(online.configuration(), setting)
+    machine.variables["CLEARML_WORKER_NAME"] = "somewhere"
+    run = machine.run(script, "--dry-run")
+    assert run.returncode == 0, run.everything
+    sent = repr([online.tasks[run.task], online.events[run.task]])
+    assert "https://git.invalid/repository" in sent
+    for word in ("a-password", "# uncommitted", "epoch 1/1", f"'{socket.gethostname()}'"):
+        assert word not in sent
