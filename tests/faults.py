@@ -1,4 +1,4 @@
-"""The catalogue of faults: for each row of the README's table "What happens when …" what provokes it, and what is said.
+"""The catalogue of faults: for each row of docs/when-things-go-wrong.md what provokes it, and what is said.
 
 FAULTS are those of the set-up: configuration, server, storage. What the doctor says of them is in test_doctor.py. What
 happens in the middle of a run has tests of its own in test_faults.py, each with its `row`.
@@ -20,7 +20,7 @@ from stores import S3Store, SeaweedFS, Store
 DOCTOR = "-m clearml_client.doctor"
 
 
-# --- what the README says ---------------------------------------------------------------------------------------------
+# --- what the page says -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Promise:
     """What a row says of the script's end."""
@@ -47,9 +47,8 @@ def row(beginning: str, code: int = 1, *words: str, **more: Any) -> pytest.MarkD
 
 def table(text: str) -> dict[str, str]:
     """What happens, by when it happens."""
-    chapter = text.split("\n## What happens when …\n")[1].split("\n## ")[0]
-    rows = [re.split(r" *(?<!\\)\| *", line)[1:4] for line in chapter.splitlines() if line.startswith("| ")]
-    return {when: what for when, what, _ in rows[2:]}
+    rows = [re.split(r" *(?<!\\)\| *", line)[1:4] for line in text.splitlines() if line.startswith("| ")]
+    return {when: what for when, what, _ in rows if not when.startswith(("When …", "---"))}
 
 
 # --- what provokes a fault --------------------------------------------------------------------------------------------

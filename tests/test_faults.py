@@ -1,7 +1,7 @@
 """Every way in which a run can fail, provoked for real: what is said, in what time, and what is kept.
 
 faults.py has the catalogue of what can be wrong before a run begins. What happens to one in its middle has a test each
-here, marked with the row of the README's table that it shows.
+here, marked with the row of docs/when-things-go-wrong.md that it shows.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Bench:
         return self.begin(*FEW, *arguments, **variables)
 
     def ends(self, run: Run, row: str = "", code: int | None = None, **places: object) -> None:
-        """Wait for the end, which must be as the README has it; of several, by this beginning or code."""
+        """Wait for the end, which must be as the page has it; of several, by this beginning or code."""
         rows = [promise for promise in self.rows if promise.row.startswith(row) and code in (None, promise.code)]
         rows[0].kept(run, **{name: str(place) for name, place in places.items()})
         if rows[0].status:
@@ -119,11 +119,11 @@ def is_whole(model: Path) -> bool:
     return read(model).keys() == pytorch_mnist.Net().state_dict().keys()
 
 
-# --- the README ------------------------------------------------------------------------------------------------------
-def test_each_row_of_the_readme_has_a_test_and_its_exit_codes() -> None:
+# --- the page ------------------------------------------------------------------------------------------------------
+def test_each_row_of_the_page_has_a_test_and_its_exit_codes() -> None:
     marks = [mark for test in [*globals().values()] for mark in getattr(test, "pytestmark", []) if mark.name == "row"]
     promises = [*FAULTS.values(), *(mark.args[0] for mark in marks)]
-    for when, what in table((ROOT / "README.md").read_text()).items():
+    for when, what in table((ROOT / "docs/when-things-go-wrong.md").read_text()).items():
         if not when.startswith(ELSEWHERE):
             said = {int(code) for code in re.findall(r"exit (\d+)", what.replace("128 + number", "130, exit 143"))}
             assert {promise.code for promise in promises if when.startswith(promise.row)} - {0} == said - {0}, when

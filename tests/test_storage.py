@@ -1,4 +1,4 @@
-"""Where the model goes: every kind of storage as README and .env.default have it. How it fails is in test_faults.py."""
+"""Where the model goes: each kind of storage that docs/storage.md has. How it fails is in test_faults.py."""
 
 import re
 import shutil
@@ -12,15 +12,6 @@ from stores import CHECKSUM, FakeGCS, Rclone, SeaweedFS, Store
 
 from clearml_client import storage
 
-README = (ROOT / "README.md").read_text()
-
-
-def readme_block(heading: str, number: int = 0) -> str:
-    """A fenced block of the README's storage chapter, without its comments."""
-    chapter = README.split(f"### {heading}\n")[1].split("\n##")[0]
-    block = re.findall(r"^```(?:hocon|sh)\n(.*?)^```", chapter, re.MULTILINE | re.DOTALL)[number]
-    return re.sub(r" +# .*", "", block)
-
 
 def env_default_block(heading: str) -> str:
     """A block of .env.default, commented in."""
@@ -28,36 +19,31 @@ def env_default_block(heading: str) -> str:
     return "".join(f"{line}\n" for line in re.findall(r"^# ?([A-Z_]+=.*)", block, re.MULTILINE))
 
 
-S3_CONF, S3_ENV = "An S3-compatible store at a host and port", "AWS, or any S3 store, by variables alone"
-GOOGLE, FOLDER = "Google Cloud Storage", "A local or mounted folder"
+PAGE = (ROOT / "docs/storage.md").read_text()
+ENTRY = re.findall(r"^```hocon\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0]
 BY_HOST = env_default_block("An S3-compatible store")
-BY_CA = readme_block(S3_CONF).replace("verify: true", 'verify: "CA"')
+BY_CA = ENTRY.replace("verify: true", 'verify: "CA"')
+CHAIN = re.sub(r"^ +(key|secret): .*|# (?=use_credentials_chain)", "", ENTRY, flags=re.MULTILINE)
 CHUNKS = "\n".join("=".join(item) for item in CHECKSUM.items())
 KEYS = "AWS_ACCESS_KEY_ID=ACCESS-KEY\nAWS_SECRET_ACCESS_KEY=SECRET-KEY\n"
+EARLIER = 'sdk { aws { s3 { credentials: [ { host: "other:9000", key: "a-key", secret: "any" } ] } } }'
 DEFAULT_URI = "sdk.development.default_output_uri: {}".format
 
 # The store, and how it is named and configured: what is in clearml.conf and in .env
 TARGETS = {
-    "by host": ("seaweed", readme_block(S3_CONF), BY_HOST),
+    "by host": ("seaweed", f"{EARLIER}\n{ENTRY}", BY_HOST),
     "CA file": ("tls", BY_CA, BY_HOST + CHUNKS),
-    "credentials chain": ("rclone", readme_block(S3_CONF, 1), BY_HOST + KEYS),
-    "variables": ("rclone", "", readme_block(S3_ENV)),
-    "profile": ("seaweed", "", readme_block(S3_ENV, 1)),
-    "gcs": ("gcs", "", readme_block(GOOGLE).splitlines()[0]),
-    "folder": ("folder", DEFAULT_URI('"s3://127.0.0.1:1/of no account"'), readme_block(FOLDER)),
-    "nothing": ("file server", DEFAULT_URI("true"), readme_block("Nothing: the ClearML server's file server")),
+    "credentials chain": ("rclone", CHAIN, BY_HOST + KEYS),
+    "variables": ("rclone", "", env_default_block("AWS, or any S3 store")),
+    "profile": ("seaweed", "", env_default_block("The same with a profile")),
+    "gcs": ("gcs", "", env_default_block("Google Cloud Storage").splitlines()[0]),
+    "folder": ("folder", DEFAULT_URI('"s3://127.0.0.1:1/of no account"'), env_default_block("A local or mounted")),
+    "nothing": ("file server", DEFAULT_URI("true"), "CLEARML_OUTPUT_URI="),
 }
 
 
-def test_env_default_has_the_readmes_blocks() -> None:
-    assert env_default_block("AWS, or any S3 store") == readme_block(S3_ENV)
-    assert env_default_block("The same with a profile") == readme_block(S3_ENV, 1)
-    assert env_default_block(GOOGLE) == readme_block(GOOGLE)
-    assert env_default_block(FOLDER) == readme_block(FOLDER)
-
-
 def fill_in(text: str, store: Store) -> str:
-    """The placeholders of README and .env.default replaced, as a user does it."""
+    """The placeholders of docs/storage.md and .env.default replaced, as a user does it."""
     text = text.replace("storage.example.com:9000", store.host).replace("bucket/path", f"{store.bucket}/path")
     text = text.replace("ACCESS-KEY", store.access_key).replace("SECRET-KEY", store.secret_key)
     if not store.tls:
