@@ -12,6 +12,7 @@ from clearml.backend_config.bucket_config import AzureContainerConfigurations
 from clearml.utilities.pyhocon import ConfigFactory
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine, blocks, copy_script, mnist
+from reading import read, stored_curves
 from stores import Rclone
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for part in ("", "[!.]*/") for page in ROOT.glob(f"{part}*.md")}
@@ -85,6 +86,19 @@ def test_commands_run_and_print_what_the_page_shows(
         re.sub(r"[0-9a-f]{32}|[\d,.]+", "0", text) for text in ("".join(fenced(PAGES[page], "text")), printed)
     )
     assert set(shown.splitlines()) <= set(there.splitlines())
+
+
+def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: ClearMLServer) -> None:
+    machine.configure(online.configuration())
+    (machine.home / "clearml_client").symlink_to(ROOT / "clearml_client")
+    (machine.home / "line.py").write_text(fenced(PAGES["README.md"], "python")[0])
+    run = machine.run(machine.home / "line.py")
+    assert (run.returncode, run.stderr) == (0, "")
+    (task,), (model,) = online.tasks.values(), online.models.values()
+    assert (task["status"], task["name"], model["task"]) == ("completed", "line", task["id"])
+    assert [*stored_curves(online, task["id"])["loss", "train"]] == [*range(100)]
+    assert model["uri"].endswith("/models/line.pt")
+    assert read(machine.home / "line.pt")["weight"].item() == pytest.approx(3, abs=0.5)
 
 
 # --- the chapters -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from clearml_server import ClearMLServer
 from conftest import ROOT, Machine
-from stores import Rclone, free_port
+from stores import Rclone
 
 PACKAGE = ROOT / "clearml_client"
 
