@@ -82,10 +82,9 @@ def test_commands_run_and_print_what_the_page_shows(
         done = machine.run(*words, *["--yes"] * ("--delete" in words))  # here is no terminal on which it could ask
         assert done.returncode == 0, done.everything
         printed += done.stdout.replace(rclone.host, "storage.example.com:9000")
-    shown, there = (
-        re.sub(r"[0-9a-f]{32}|[\d,.]+", "0", text) for text in ("".join(fenced(PAGES[page], "text")), printed)
-    )
-    assert set(shown.splitlines()) <= set(there.splitlines())
+    figures = re.compile(r"[0-9a-f]{32}|[\d,.]+")
+    shown = figures.sub("0", "".join(fenced(PAGES[page], "text")))
+    assert set(shown.splitlines()) <= set(figures.sub("0", printed).splitlines())
 
 
 def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: ClearMLServer) -> None:
@@ -148,12 +147,12 @@ def test_a_search_finds_the_names_that_its_chapter_gives() -> None:
 def test_what_the_page_turns_off_is_not_sent(machine: Machine, online: ClearMLServer, tmp_path: Path) -> None:
     """Nor is a password in the address of the repository, in any run."""
     script = copy_script(tmp_path / "copy")
-    (setting,), (arguments,) = (fenced(PAGES["docs/security.md"], language) for language in ("hocon", "python"))
-    script.write_text(script.read_text().replace("auto_connect_frameworks=", f"{arguments} auto_connect_frameworks="))
+    (setting,), (call,) = (fenced(PAGES["docs/security.md"], language) for language in ("hocon", "python"))
+    arguments = call[call.index("auto_") : call.rindex(")")]
+    script.write_text(script.read_text().replace("auto_connect_frameworks=", f"{arguments}, auto_connect_frameworks="))
     commit = "git init -q && git add . && git -c user.name=me -c user.email=me@example.com commit -qm one"
-    remote = "git remote add origin https://me:a-password@git.invalid/repository"
-    change = "echo '# uncommitted' >> pytorch_mnist.py"
-    subprocess.run(f"{commit} && {remote} && {change}", shell=True, cwd=script.parent, check=True)
+    others = f"git remote add origin https://me:a-password@git.invalid/repository && echo '# uncommitted' >> {script}"
+    subprocess.run(f"{commit} && {others}", shell=True, cwd=script.parent, check=True)
     machine.configure(online.configuration(), setting)
     machine.variables["CLEARML_WORKER_NAME"] = "somewhere"
     run = machine.run(script, "--dry-run")
