@@ -30,7 +30,7 @@ from clearml_client.errors import RunError, UsageError, call_with_timeout, comma
 # Set by a program with a task that started this one: the SDK would take that task for this run's.
 MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
-MACHINE = ["ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "EPERM", "ENOTDIR", "EEXIST"]  # disk full, wrong place
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 MISTAKES = (TypeError, LookupError, AttributeError, AssertionError)  # the script's, wherever they are raised
 
 
@@ -119,7 +119,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
         elif isinstance(error, RunError):
             ending.say(f"error: {error.message()}", code, "failed", find * error.doctor)
-        elif errno.errorcode.get(getattr(error, "errno", 0)) in MACHINE or raised_in_library(error):
+        elif getattr(error, "errno", 0) in FULL_DISK or raised_in_library(error):
             # Of an upload that fails, the SDK raises no more than "Upload failed", and logs why.
             said = ": ".join([str(error), *self.lost.messages[:1]])
             ending.say(f"error: {one_line(said, 1000)}", 1, "failed", find * bool(self.lost.messages))

@@ -49,14 +49,6 @@ def limit_session(connect: float, answer: float) -> None:
     Session._session_timeout = (connect, answer)
 
 
-def log_console_trouble(message: str, level: int = logging.INFO) -> None:
-    """Log that console lines did not reach the server; the SDK writes that to stderr each time; way out: a logger."""
-    logging.getLogger("clearml.log").log(level, message)
-
-
-TaskHandler._log_stderr = staticmethod(log_console_trouble)
-
-
 def s3_entry(uri: str) -> tuple[Any, bool]:
     """Return the S3BucketConfig by which the SDK opens this place, and whether it is an entry of clearml.conf's list.
 
@@ -131,12 +123,15 @@ def be_quiet(offline: bool) -> None:
     """Leave out what the SDK does unasked at each start; way out: settings for it.
 
     It looks for a GPU where there is no driver of one, which ends in two warnings; asks a service on the internet for
-    newer versions, which an offline session must not do; and tells that it waits for its look at the repository.
+    newer versions, which an offline session must not do; tells that it waits for its look at the repository; and writes
+    each try to send console lines to stderr, which a log can filter.
     """
     from clearml.utilities import resource_monitor
     from clearml.utilities.check_updates import CheckPackageUpdates
 
+    log = logging.getLogger("clearml.log")
     if not shutil.which("nvidia-smi"):
         resource_monitor.gpustat = None
     CheckPackageUpdates._package_version_checked = offline
     logging.getLogger("clearml.Task").setLevel(logging.WARNING)
+    TaskHandler._log_stderr = staticmethod(lambda text, level=logging.INFO: log.log(level, text))
