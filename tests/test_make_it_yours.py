@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine, copy_script
+from conftest import ROOT, Machine, copy_script, mnist
 from PIL import Image, ImageDraw
 from stores import Rclone
 
@@ -86,10 +86,12 @@ def test_photos_are_right_in_the_web_ui(classes: list[str], machine: Machine, on
         assert any((cells[label, :, prediction] == Image.open(file).resize((32, 32))).all() for file in those)
 
 
-def test_labels_without_a_class_end_the_run_before_the_training(machine: Machine) -> None:
+@pytest.mark.parametrize("counts", [(4, 200), (600, 7)], ids=["in the test set", "in the training set"])
+def test_labels_without_a_class_end_the_run_before_the_training(counts: tuple[int, int], machine: Machine) -> None:
+    """In the first images of the other set is no 9."""
     script = copy_script(machine.home)
     script.write_text(replace(script.read_text(), "range(10)]", "range(9)]"))
-    run = machine.run(script, "--epochs", 1)
+    run = machine.run(script, "--epochs", 1, "--data-dir", mnist(*counts))
     assert (run.returncode, "epoch 1" in run.stdout) == (1, False), run.everything
     assert "error: labels 0 to 9, but there are 9 CLASSES" in run.line
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import own_data
 import pytest
 import torch
 from clearml_server import ClearMLServer
-from conftest import ROOT, LiveServer, Machine, Run, copy_script, mnist
+from conftest import ROOT, LiveServer, Machine, Run, mnist
 from PIL import Image
 from reading import EPOCH, evaluate
 from torch import Tensor, nn
@@ -89,29 +88,6 @@ def test_the_web_ui_shows_what_ran_and_a_clone_trains_as_it_was_changed(
     has_every_line_of_the_console_once(shown)
     if kind == "online":
         a_clone_trains_as_it_was_changed(shown)
-
-
-@pytest.mark.parametrize(("classes", "train", "test"), [(2, 2, 2), (12, 12, 11), (11, 12, 11), (11, 11, 12)])
-def test_other_data_with_other_classes_is_right_or_refused(
-    classes: int, train: int, test: int, machine: Machine, online: ClearMLServer
-) -> None:
-    """The script's data are replaced as its docstring says. Of the classes, so many have images."""
-    script, keep, names = copy_script(machine.home), "# --- ClearML: keep", [f"{n + 1}/12" for n in range(classes)]
-    first, second = script.read_text().split(keep)
-    replaced = f"CLASSES, LABELS = {names}, {{'train': {train}, 't10k': {test}}}\n"
-    script.write_text(f"{first}{Path(own_data.__file__).read_text()}{replaced}{keep}{second}")
-    run = machine.run(script, "--epochs", 4, "--batch-size", 50, "--lr", 0.1)
-    if classes == 11:
-        assert run.returncode == 1
-        assert "error: labels 0 to 11, but there are 11 CLASSES" in run.line
-        assert "epoch 1" not in run.stdout
-        return
-    assert run.returncode == 0, run.everything
-    labels = torch.arange(180) % test
-    shown = Shown(machine, run, machine.read_task(run.task), names, own_data.draw(labels), labels)
-    assert shown.accuracy > 1.5 / classes
-    has_a_model_with_its_record(shown)
-    has_the_plots(shown)
 
 
 def imported(machine: Machine, printed: str) -> str:
