@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from clearml import Task
@@ -58,6 +59,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             raise SystemExit("run.guard was used before in this process, and a process has one run")
         ending.used = True
         escape_unencodable(line_buffering=True)  # a log file shows each line at once
+        survive_broken_pipe()
         if "triton" not in sys.modules and not in_notebook():  # triton tells of all its objects that were not freed
             # Modules live to the end. The collector need not look at them, which took a second there, and workers that
             # are forked share them. What has the script's own modules makes the interpreter clear them: the cycles in
@@ -119,7 +121,9 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
         elif isinstance(error, RunError):
             ending.say(f"error: {error.message()}", code, "failed", find * error.doctor)
-        elif getattr(error, "errno", 0) in FULL_DISK or raised_in_library(error):
+        elif isinstance(error, OSError) and error.errno in FULL_DISK:
+            ending.say(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", 1, "failed")
+        elif raised_in_library(error):
             # Of an upload that fails, the SDK raises no more than "Upload failed", and logs why.
             said = ": ".join([str(error), *self.lost.messages[:1]])
             ending.say(f"error: {one_line(said, 1000)}", 1, "failed", find * bool(self.lost.messages))
@@ -345,3 +349,22 @@ def raised_in_library(error: BaseException) -> bool:
     names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     inside = any(name.partition(".")[0] in LIBRARIES for name in names) and not isinstance(error, MISTAKES)
     return inside or type(error).__name__ == "OutOfMemoryError"  # of torch's kinds of devices
+
+
+def survive_broken_pipe() -> None:
+    """Where the reader of an output leaves, as `| head -1` does, let the rest of it go nowhere: the run goes on."""
+
+    def surviving(stream: TextIOWrapper, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*text: str) -> Any:
+            try:
+                return call(*text)
+            except BrokenPipeError:
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+
+        return wrapped
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not a notebook's
+            stream.write = surviving(stream, stream.write)  # type: ignore[method-assign]
+            stream.flush = surviving(stream, stream.flush)  # type: ignore[method-assign]

@@ -436,7 +436,7 @@ def pages(*files: Path) -> int:
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in files) + 16384
 
 
-@row("the disk is full", 1, "No space left on device", status="failed")
+@row("the disk is full", 1, "cannot write ", ": No space left on device", status="failed")
 @pytest.mark.parametrize("full_at", ["checkpoint.pt", "mistakes.png"])
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
     bench: Bench, machine: Machine, uninterrupted: Uninterrupted, small_disk: Callable[[int], Path], full_at: str

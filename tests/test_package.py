@@ -81,7 +81,7 @@ ENDINGS = {
     "exit with words": ("raise SystemExit('words')", 1, "failed", "error: words"),
     "a mistake": ("1 / 0", 1, "failed", "error: ZeroDivisionError, see above"),
     "nested": ("with run.guard(): pass", 1, "failed", "run.guard was used before in this process"),
-    "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: [Errno 28] No space left"),
+    "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: cannot write a file: No space left"),
     "a thread": (f"{THREAD}\nraise SystemExit('words')", 1, "failed", "error: words"),
 }
 STOPS = {
