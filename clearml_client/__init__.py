@@ -13,11 +13,14 @@ Imports go one way: doctor, cleanup, checkpoint -> run -> storage, server, agent
 """
 
 import math
+import multiprocessing
 import os
 import re
 import sys
+import tempfile
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import dotenv
 from dotenv.parser import parse_stream
@@ -40,6 +43,7 @@ def prepare_environment() -> None:
     A variable that is set already wins over the file. For a file that cannot be used, `configuration.check` raises.
     """
     global dotenv_problem
+    sys.excepthook = shorten_interrupt
     try:
         text = DOTENV.read_text(encoding="utf-8-sig") if DOTENV.is_file() else ""
         bad = [binding.original.line for binding in parse_stream(StringIO(text)) if binding.error]
@@ -56,7 +60,8 @@ def prepare_environment() -> None:
             os.environ[name] = re.sub(r"""^\s*(["']?)(.*?)\1\s*$""", r"\2", value, flags=re.DOTALL)
             if name.startswith("AWS_") and not os.environ[name]:  # boto3 looks for a profile without a name
                 del os.environ[name]
-    # Torch's threads spin while they wait: by default so long that programs side by side stop each other (see README).
+    # Torch's threads spin while they wait: by default so long that programs side by side stop each other. The figures
+    # are in docs/how-fast.md.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if (allowed := cpu_quota()) and allowed < len(os.sched_getaffinity(0)):  # of which torch knows by itself
@@ -64,6 +69,26 @@ def prepare_environment() -> None:
     # The SDK merges this folder's settings below ~/clearml.conf, in which the user has the last word.
     os.environ.setdefault("CLEARML_CONFIG_PATH", str(Path(__file__).resolve().parent / "defaults"))
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # the SDK tries again by itself
+    check_prerequisites()
+
+
+def shorten_interrupt(kind: type[BaseException], *more: Any, earlier: Any = sys.excepthook) -> None:
+    """Be `sys.excepthook`: say in one line that Ctrl-C came before the guard, while torch is imported, say."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    else:
+        earlier(kind, *more)
+
+
+def check_prerequisites() -> None:
+    """Exit with one line where `import clearml` would end in a traceback: it needs both at once."""
+    what, cure = "no folder for temporary files", "set TMPDIR to one that can be written"
+    try:
+        tempfile.gettempdir()
+        what, cure = "no semaphore can be made", "free space in /dev/shm, or mount it writable"
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {what}: {error.strerror}; {cure}")
 
 
 def cpu_quota(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -103,8 +104,12 @@ class Ending:
 
     def end_hung(self, what: str, seconds: float) -> None:
         """End a run that waits for something for too long; the stacks of all threads tell where."""
-        faulthandler.dump_traceback(file=2)
-        if self.say(f"error: {what}: no answer for {seconds:g} s; the stacks above tell where", 1, "failed", seconds=5):
+        folder = self.checkpoint.parent if self.checkpoint else Path(tempfile.gettempdir())
+        stacks = folder / f"stacks-{os.getpid()}.txt"
+        with suppress(OSError), open(stacks, "w") as file:  # of a full disk
+            faulthandler.dump_traceback(file)
+        what = f"error: {what}: no answer for {seconds:g} s; where each thread stands is in {stacks}"
+        if self.say(what, 1, "failed", seconds=5):
             self.settle()
             abandon(1)
 
@@ -136,10 +141,12 @@ def abandon(code: int) -> None:
 def limit(seconds: float, what: str) -> Iterator[None]:
     """End the process, with exit code 1 and the stacks of all threads, where the block takes longer."""
     timer = start_timer(seconds, partial(ending.end_hung, what, seconds))
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=2)  # where even the interpreter's lock is held
     try:
         yield
     finally:
         timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Watcher:

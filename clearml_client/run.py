@@ -294,6 +294,7 @@ def wait_for_server(what: str) -> None:
         return
     with explained(what), limit(120, what):
         server.ping(patience=60)
+        server.session.cache_clear()  # its token is void if the server was restarted with another secret
         if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
             raise RunError("somebody has deleted the task on the ClearML server")
 
