@@ -596,7 +596,7 @@ class ClearMLServer:
 
     def _events(self, task: str, event_type: str) -> list[Doc]:
         self._find("task", task)
-        return [event for event in self.events[task].values() if event["type"] == event_type]
+        return [event for event in self.events.get(task, {}).values() if event["type"] == event_type]
 
     def events_get_task_log(self, task: str, batch_size: int = 500) -> Doc:
         log = sorted(self._events(task, "log"), key=itemgetter("timestamp"))
