@@ -24,7 +24,6 @@ from urllib.parse import unquote
 from clearml import Task
 
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.configuration import FILES, origin
 from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, in_notebook, limit
 from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
 
@@ -177,17 +176,14 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             print(f"Storage: the task's own output destination wins over --output-uri {self.given}")
         uri, source = own or self.given, "the task's output destination" if own else ""
         if not uri:
-            uri, source = storage.default_target()
-        if not uri:
             with explained():
-                uri, source = storage.file_server(), origin(FILES, "from api.api_server")
+                uri, source = storage.default_target()
         self.output_uri = self.check_storage(uri, source)
 
     def check_storage(self, uri: str, source: str = "") -> str:
         what = f"no storage at {uri}"
         with explained(what, source), limit(60, what):
-            storage.check_access(uri)
-        uri = uri.rstrip("/") if "://" in uri else f"file://{Path(uri).expanduser().absolute()}"
+            uri = storage.check_access(uri)
         print(f"Storage: {uri} ({source + ': ' if source else ''}written, read back, deleted)")
         return uri
 

@@ -96,23 +96,31 @@ def file_servers() -> list[str]:
 
 
 @contextmanager
-def storage_errors() -> Iterator[None]:
-    """Raise OSError with a store's words, which the SDK only logs; print nothing."""
+def collect_log(name: str, level: int) -> Iterator[list[str]]:
+    """Collect what a logger of the SDK says in the block, and let it print nothing; way out: an exception."""
     said: list[str] = []
 
     def catch(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= level:
             said.append(record.getMessage())
         return False
 
-    logger = logging.getLogger("clearml.storage")
+    logger = logging.getLogger(name)
     logger.addFilter(catch)
     try:
-        yield
-    except Exception as error:
-        raise OSError(errno.EIO, said[0] if said else str(error)) from error
+        yield said
     finally:
         logger.removeFilter(catch)
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise OSError with a store's words, which the SDK only logs."""
+    with collect_log("clearml.storage", logging.ERROR) as said:
+        try:
+            yield
+        except Exception as error:
+            raise OSError(errno.EIO, said[0] if said else str(error)) from error
 
 
 def canonical(address: str) -> str:

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,17 +19,16 @@ from clearml import StorageManager
 
 from clearml_client import sdk, server
 from clearml_client.configuration import FILES, VARIABLES, display_path, in_file, origin, variable
-from clearml_client.errors import DENIED, RunError, call_with_timeout, diagnose, one_line
+from clearml_client.errors import DENIED, RunError, call_with_timeout, diagnose, last4, one_line
+from clearml_client.server import PATIENCE
 
 Result = TypeVar("Result")
 GOOD_URI = "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://..., a folder, or nothing"
 ENTRIES = "sdk.aws.s3.credentials"
 PACKAGES = {"s3": ("boto3", "client"), "gs": ("google-cloud-storage", "gcs"), "azure": ("azure-storage-blob", "azure")}
-PATIENCE = 5  # seconds for a connection; twice that for each answer
 STEP = 30  # seconds for each step of a check: where a store answers, the SDK may try again, with pauses
+QUICK: dict[str, Any] = {"timeout": PATIENCE, "retry": None}  # for Google's library
 CHUNK = 2**20  # bytes
-LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
-GOOGLE_KEY = "GOOGLE_APPLICATION_CREDENTIALS"
 
 
 class StorageError(RunError):
@@ -50,7 +49,6 @@ def http_status(error: object) -> int:
 def check_uri(text: str) -> None:
     """Raise RunError for what is no place for objects."""
     parts, cure = urlsplit(text), f"write {GOOD_URI}"
-    neither = "neither s3://, gs://, azure:// nor a folder whose parent exists"
     folder = Path(text.removeprefix("file://")).expanduser().absolute()  # %20 is no blank: so the SDK has it
     if "@" in parts.netloc:
         words = "credentials do not belong into the URI, but into clearml.conf or variables"
@@ -58,16 +56,16 @@ def check_uri(text: str) -> None:
     if parts.scheme in PACKAGES and text.startswith(parts.scheme):
         if not parts.netloc or ((":" in parts.netloc or parts.scheme == "azure") and not parts.path.strip("/")):
             raise RunError(f"no bucket: {parts.scheme}://bucket/path or s3://host:port/bucket/path", cure)
+        if "//" in parts.path:
+            raise RunError("two slashes, of which a store and ClearML make different paths", "write one slash")
     elif parts.scheme not in ("", "file") or parts.netloc:
-        raise RunError(neither, cure)
+        raise RunError("neither s3://, gs://, azure:// nor a folder whose parent exists", cure)
     elif text and not folder.is_dir():
-        if folder.exists():
-            raise RunError(f"{display_path(folder)} is not a folder", "name a folder")
         if not re.search(r"[/\\]", text):  # more likely a slip: undefined, null, a bucket's name
             raise RunError(f"no folder {text} here", f"write ./{text} if it is to be made, or {GOOD_URI}")
-        if not folder.parent.is_dir():
+        if folder.exists() or not folder.parent.is_dir():
             parent = display_path(folder.parent)
-            raise RunError(f"{neither}: {parent}", f"mkdir -p {parent}, or mount it")
+            raise RunError(f"{folder} is no folder whose parent exists", f"mkdir -p {parent}, or mount it")
 
 
 def file_server() -> str:
@@ -80,11 +78,13 @@ def file_server() -> str:
 
 
 def default_target() -> tuple[str, str]:
-    """Return where objects go if nothing else is said, "" for the file server, and who says so."""
+    """Return where objects go if nothing else is said, and who says so. Raise RunError where there is no such place."""
     name, key = "CLEARML_DEFAULT_OUTPUT_URI", "sdk.development.default_output_uri"
-    value = str(os.getenv(name) or sdk.setting(key, "") or "")
-    source = variable(name) if os.getenv(name) else in_file(key) if value else "default"
-    return ("" if value.lower() == "true" else value), source
+    by_variable = os.getenv(name)
+    value = str(by_variable or sdk.setting(key, "") or "true")
+    if value.lower() == "true":
+        return file_server(), origin(FILES, "from api.api_server")
+    return value, variable(name) if by_variable else in_file(key)
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -93,10 +93,11 @@ class Store:
     """A place for objects, here any that the SDK knows, and a subclass for each that tells more by its own client."""
 
     name: str  # the address of the place: with "/" and a key it is that of an object
-    client: Any = None  # boto3's client, or a bucket of Google's library
+    bucket: Any = None  # boto3's, or that of Google's library
     source: str = ""  # what in the configuration opened it
     url: str = ""  # where requests go, if by HTTP
-    bucket: str = ""  # of S3
+    keys: str = ""  # the ones by which it was opened
+    suspicion: RunError | None = None  # what in the configuration may be why it says no
     trouble: str = ""  # why nothing more is asked of it
     patience: float = 0  # seconds for one step; 0: as long as the client itself waits
 
@@ -106,10 +107,9 @@ class Store:
             raise FileNotFoundError(2, "not there", key)
         return int(size)
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
+    def _open(self, key: str) -> Any:
         copy = StorageManager.get_local_copy(f"{self.name}/{key}", extract_archive=False, force_download=True)
-        with open(copy, "rb") as file:
-            yield from iter(lambda: file.read(CHUNK), b"")
+        return open(copy, "rb")
 
     def _keys(self, prefix: str) -> Iterator[str]:
         return iter(())  # of a store that cannot list
@@ -143,8 +143,9 @@ class Store:
             reason = f"cannot {verb}: {meaning}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
             if status == 0:
                 self.trouble = reason
-            cure = LIST_CURE if (verb, trouble.words) == ("look", DENIED) else trouble.cure
-            raise StorageError(reason, cure, self.source) from error
+            if self.suspicion:
+                raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
+            raise StorageError(reason, trouble.cure, self.source) from error
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes; None where there is none."""
@@ -154,8 +155,11 @@ class Store:
         """Tell whether the object is what the file is, byte for byte. Hold neither in memory."""
 
         def compare() -> bool:
-            with open(path, "rb") as file:
-                return all(chunk == file.read(len(chunk)) for chunk in self._chunks(key)) and not file.read(1)
+            with open(path, "rb") as file, closing(self._open(key)) as stored:
+                while chunk := stored.read(CHUNK):
+                    if chunk != file.read(len(chunk)):
+                        return False
+                return not file.read(1)
 
         return bool(self.attempt("read", compare))
 
@@ -210,52 +214,48 @@ class Store:
 
 class S3(Store):
     def _size(self, key: str) -> int:
-        return int(self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
+        return int(self.bucket.Object(key).content_length)
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
-        yield from self.client.get_object(Bucket=self.bucket, Key=key)["Body"].iter_chunks(CHUNK)
+    def _open(self, key: str) -> Any:
+        return self.bucket.Object(key).get()["Body"]
 
     def _keys(self, prefix: str) -> Iterator[str]:
-        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-            yield from (item["Key"] for item in page.get("Contents", []))
+        return (item.key for item in self.bucket.objects.filter(Prefix=prefix))
 
     def _look(self) -> bool:
         next(self._keys("probe"), None)  # in a listing, unlike in a HEAD, the store says what is wrong
         return True
 
     def _remove(self, key: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=key)
+        self.bucket.Object(key).delete()
 
 
 class GCS(Store):
     def _size(self, key: str) -> int:
-        blob = self.client.blob(key)
-        blob.reload(timeout=PATIENCE, retry=None)
+        blob = self.bucket.blob(key)
+        blob.reload(**QUICK)
         return int(blob.size)
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
-        with self.client.blob(key).open("rb", timeout=2 * PATIENCE, chunk_size=CHUNK) as stream:
-            yield from iter(lambda: stream.read(CHUNK), b"")
+    def _open(self, key: str) -> Any:
+        return self.bucket.blob(key).open("rb", timeout=2 * PATIENCE, chunk_size=CHUNK)
 
     def _keys(self, prefix: str) -> Iterator[str]:
-        return (blob.name for blob in self.client.list_blobs(prefix=prefix, timeout=PATIENCE, retry=None))
+        return (blob.name for blob in self.bucket.list_blobs(prefix=prefix, **QUICK))
 
     def _look(self) -> bool:
-        return self.client.reload(timeout=PATIENCE, retry=None) is None
+        return self.bucket.reload(**QUICK) is None
 
     def _remove(self, key: str) -> None:
-        self.client.blob(key).delete(timeout=PATIENCE, retry=None)
+        self.bucket.blob(key).delete(**QUICK)
 
 
 class FileServer(Store):
     """Its keys are paths as they stand in the record: of artifacts and images quoted, of models (SDK 2.1.12) not."""
 
     def _send(self, method: str, path: str, **options: Any) -> Any:
-        headers = server.session().add_auth_headers({"Accept-Encoding": "identity"})
+        options["headers"] = server.session().add_auth_headers({"Accept-Encoding": "identity"})
         for spelling in dict.fromkeys((path, quote(path))):
-            answer = server.http().request(
-                method, f"{self.name}/{spelling}", headers=headers, timeout=2 * PATIENCE, **options
-            )
+            answer = server.http().request(method, f"{self.name}/{spelling}", timeout=2 * PATIENCE, **options)
             if answer.status_code != 404:
                 break
         server.check_redirect(answer, self.name, origin(FILES))
@@ -265,8 +265,8 @@ class FileServer(Store):
     def _size(self, key: str) -> int:
         return int(self._send("HEAD", key).headers.get("Content-Length", 0))
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
-        yield from self._send("GET", key, stream=True).iter_content(CHUNK)
+    def _open(self, key: str) -> Any:
+        return self._send("GET", key, stream=True).raw
 
     def _remove(self, key: str) -> None:
         self._send("DELETE", key)
@@ -282,9 +282,8 @@ class Folder(Store):
     def _size(self, key: str) -> int:
         return Path(key).lstat().st_size
 
-    def _chunks(self, key: str) -> Iterator[bytes]:
-        with open(key, "rb") as file:
-            yield from iter(lambda: file.read(CHUNK), b"")
+    def _open(self, key: str) -> Any:
+        return open(key, "rb")
 
     def _keys(self, prefix: str) -> Iterator[str]:
         def fail(error: OSError) -> None:
@@ -306,43 +305,36 @@ class Folder(Store):
     def check_place(self) -> None:
         self.attempt("make", lambda: Path(self.name).mkdir(exist_ok=True))
 
-    def check_object(self, uri: str) -> None:
-        super().check_object(f"file://{self.name}")  # the SDK takes a relative one for something else
-
 
 # --- opening one ------------------------------------------------------------------------------------------------------
-def s3_entry(uri: str) -> tuple[Any, str, RunError | None]:
-    """Return the SDK's entry for this URI, where it stands, and else, with one made of the defaults, why there is none.
+def s3_entry(uri: str) -> tuple[Any, RunError | None]:
+    """Return the SDK's entry for this URI, and a suspicion where it is none of those in the list.
 
     Raise RunError for another place's: the SDK compares beginnings, and without regard to case, so that an entry for
     "minio" or "minio:90" is taken for s3://minio:9000, with its own port.
     """
-    wanted, source = urlsplit(uri).netloc, in_file(ENTRIES)
-    host, _, port = wanted.partition(":")
+    place, bucket = f"{uri}/".split("/")[2:4]
+    source = in_file(ENTRIES)
+    cure = f'write an entry with host: "{place}", keys or use_credentials_chain: true, and the whole bucket or none'
+    cure = f"{cure}, in a list outside all braces ({source})"
     try:
-        items = [item for item in sdk.setting(ENTRIES, None) or [] if item.get("host", "")]
-        hosts = [str(item["host"]) for item in items]
-        entry, listed = sdk.s3_entry(uri)
+        entry, is_listed = sdk.s3_entry(uri)
+        read = [dict(each) for each in sdk.setting(ENTRIES, None) or []]
     except Exception as error:  # of all kinds, for all that can stand there
-        cure = f"correct {ENTRIES}; host is host:port without http://"
         raise RunError(f"the SDK cannot use {ENTRIES}: {one_line(error)}", cure, source) from error
-    if listed and entry.host not in ("", wanted):
-        words = f"host {entry.host!r} is taken for {wanted}: they differ in port or case"
-        raise RunError(words, f'write host: "{wanted}"', source)
-    if listed and entry.bucket not in ("", f"{uri}/".split("/")[3 if entry.host else 2]):
-        raise RunError(f"bucket {entry.bucket!r} is taken for {uri}", "write the whole name", source)
-    near = next((other for other in hosts if other.partition(":")[0].lower() == host.lower()), "")
-    if listed or not (port or near):
-        return entry, source if listed else "", None
-    why = f"there is one for {near or hosts[0]!r}" if hosts else "there are none"
-    cure = f'add one with host: "{wanted}"'
-    if buckets := [repr(str(item["bucket"])) for item in items if item["host"] == wanted and item.get("bucket", "")]:
-        why, cure = f"there is one for the bucket {' and '.join(buckets)} only", "leave bucket out, or add an entry"
-    elif wanted in hosts:
-        why, cure = "dropped in silence, without key and secret", "add key and secret, or use_credentials_chain: true"
-    elif sdk.setting(f"sdk.{ENTRIES}", None):  # pasted inside of the section, with the whole name
-        why, cure = f"they stand at sdk.{ENTRIES}", "append them at the end of the file, outside all braces"
-    return entry, "", RunError(f"no entry for {wanted}: {why}", f"{cure} ({source})", source)
+    if str(entry.secure).lower() == "false" and entry.secure:
+        raise RunError('secure: "false" is a text, which the SDK takes for true', "leave out the quotes", source)
+    if is_listed and (entry.host, entry.bucket) in [("", place), (place, ""), (place, bucket)]:
+        return entry, None
+    other = RunError(f"no entry for {uri} is in the list {one_line(read)}", cure, source)
+    if is_listed:
+        raise other
+    return entry, other if ":" in place or read else None  # AWS needs none
+
+
+def set_by(*names: str) -> str:
+    """Name the first of these variables that is set, and who set it."""
+    return next((variable(name) for name in names if os.getenv(name)), "default")
 
 
 def open_s3(uri: str) -> S3:
@@ -350,38 +342,33 @@ def open_s3(uri: str) -> S3:
     import boto3
     from botocore.config import Config
 
-    entry, source, slip = s3_entry(uri)
+    entry, suspicion = s3_entry(uri)
     arguments = sdk.s3_arguments(entry)
     patience = Config(connect_timeout=PATIENCE, read_timeout=2 * PATIENCE, retries={"total_max_attempts": 1})
     arguments["config"] = arguments["config"].merge(patience)
-    try:
-        session = boto3.Session(profile_name=entry.profile or None)
-        found = session.get_credentials() if entry.use_credentials_chain else None
-        if found:
-            found.get_frozen_credentials()  # asks for those of a role or SSO: the first request would blame the bucket
-        client = session.resource("s3", **arguments).meta.client  # client() does not take the SDK's arguments
-    except Exception as error:
-        trouble = diagnose(error)
-        raise StorageError(f"{trouble.words} ({one_line(error)})", trouble.cure, source) from error
-    if not found and not (entry.key and entry.secret):
-        reason = slip or RunError("boto3 finds none", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry")
-        raise StorageError(f"no keys: {reason}", reason.cure, source)
+    session = boto3.Session(profile_name=entry.profile or None)
+    keys = "" if entry.use_credentials_chain or not entry.secret else f"static keys, access key {last4(entry.key)}"
+    if entry.use_credentials_chain and (found := session.get_credentials()):
+        found.get_frozen_credentials()  # asks for those of a role or SSO: the first request would blame the bucket
+        keys = f"boto3 finds {found.method}, access key {last4(found.access_key)}"
+    if not keys:
+        reason = suspicion or RunError(
+            "boto3 finds none", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"
+        )
+        raise StorageError(f"no keys: {reason}", reason.cure, reason.source)
     name = "/".join(uri.split("/")[: 4 if entry.host else 3])
-    return S3(name, client, source, client.meta.endpoint_url, name.rpartition("/")[2])
+    bucket = session.resource("s3", **arguments).Bucket(name.rpartition("/")[2])
+    url, source = bucket.meta.client.meta.endpoint_url, in_file(ENTRIES) if entry.host else set_by("AWS_ENDPOINT_URL")
+    return S3(name, bucket, source, url, f"{keys}, {url}, verify: {entry.verify}", suspicion)
 
 
 def open_gcs(uri: str) -> GCS:
     """Open the SDK's own bucket."""
-    if os.getenv(GOOGLE_KEY, "").lstrip().startswith("{"):
-        cure = "write it to a file and name that file"
-        raise StorageError(f"{GOOGLE_KEY} holds the key itself; {cure}", cure, variable(GOOGLE_KEY))
-    try:
-        with sdk.storage_errors():
-            bucket = StorageManager.storage_helper.get(uri).get_object(f"{uri}/any").bucket
-    except OSError as error:
-        cure = f"gcloud auth application-default login, or {GOOGLE_KEY}=key.json"
-        raise StorageError(one_line(error), cure) from error
-    return GCS("/".join(uri.split("/")[:3]), bucket)
+    with sdk.storage_errors():
+        bucket = StorageManager.storage_helper.get(uri).get_object(f"{uri}/any").bucket
+    key = "GOOGLE_APPLICATION_CREDENTIALS"
+    keys = os.getenv(key) or "application default credentials, or those of sdk.google.storage"
+    return GCS("/".join(uri.split("/")[:3]), bucket, set_by("STORAGE_EMULATOR_HOST", key), keys=keys)
 
 
 def open_store(uri: str) -> Store:
@@ -390,28 +377,36 @@ def open_store(uri: str) -> Store:
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return Folder(str(Path(rest if separator else uri).expanduser().absolute()))
-    if scheme in ("http", "https"):
-        for host in sdk.file_servers():
-            if f"{uri}/".startswith(host + "/"):
-                return FileServer(host, url=host)
-        raise StorageError("not a file server of this configuration", f"set {FILES}")
+    for host in sdk.file_servers():
+        if f"{uri}/".startswith(f"{host}/"):
+            return FileServer(host, url=host)
     if scheme not in PACKAGES:
-        raise StorageError(f"{scheme}:// is no storage that this script knows", f"write {GOOD_URI}")
+        raise StorageError(f"{uri} is in no storage or file server that is configured", f"write {GOOD_URI}")
     package, group = PACKAGES[scheme]
     try:
         importlib.metadata.version(package)
+        if scheme == "azure":
+            return Store("/".join(uri.split("/")[:4]))
+        return open_s3(uri) if scheme == "s3" else open_gcs(uri)
     except importlib.metadata.PackageNotFoundError:
         raise StorageError(f"{package} is not installed", f"uv sync --group {group}") from None
-    if scheme == "azure":
-        return Store("/".join(uri.split("/")[:4]))
-    return open_s3(uri) if scheme == "s3" else open_gcs(uri)
+    except RunError:
+        raise
+    except Exception as error:
+        trouble = diagnose(error)
+        raise StorageError(f"{trouble.words} ({one_line(error)})", trouble.cure) from error
 
 
-def check_access(uri: str) -> None:
-    """See that a run can store objects below this place: each step is bounded, and not their sum. Else RunError."""
+def check_access(uri: str) -> str:
+    """See that a run can store objects below this place: each step is bounded, and not their sum. Else RunError.
+
+    Return the place as the SDK takes it, which knows neither ~ nor a relative folder.
+    """
     if not uri.startswith("http"):
         check_uri(uri)
     store = open_store(uri)
     store.patience = STEP
+    uri = f"file://{store.name}" if isinstance(store, Folder) else uri.rstrip("/")
     store.check_place()
     store.check_object(uri)
+    return uri

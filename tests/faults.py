@@ -137,8 +137,8 @@ def no_answer(provoke: Provoke, why: str, within: int) -> Fault:
 
 
 def wrong_key(provoke: Provoke, origin: str) -> Fault:
-    origins = f"(credentials: {origin}; new ones: {{web}}/settings/workspace-configuration)"
-    words = ("the ClearML server refused", origins, DOCTOR)
+    new = "make new ones: {web}/settings/workspace-configuration"
+    words = ("the ClearML server refused", f"(credentials: {origin})", new, DOCTOR)
     return Fault(row="the access or secret key is wrong", words=words, provoke=provoke)
 
 

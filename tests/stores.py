@@ -116,21 +116,10 @@ class S3Store(Store):
 
     def client(self) -> S3Client:
         """A client of the tests' own. Close it, as `with closing(store.client()) as s3:` does."""
-        once = {"total_max_attempts": 1}
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-            verify=str(self.ca) if self.ca else None,
-            config=Config(
-                connect_timeout=5,
-                read_timeout=10,
-                retries=once,  # type: ignore[arg-type]
-                request_checksum_calculation="when_required",  # see CHECKSUM
-            ),
-        )
+        limits: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 10, "retries": {"total_max_attempts": 1}}
+        config = Config(request_checksum_calculation="when_required", **limits)  # see CHECKSUM
+        session = boto3.Session(self.access_key, self.secret_key, region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.endpoint, verify=str(self.ca) if self.ca else None, config=config)
 
     def prepare(self) -> None:
         if self.bucket not in self.buckets():

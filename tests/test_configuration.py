@@ -4,10 +4,8 @@
 """
 
 import os
-import pwd
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,24 +19,23 @@ from clearml_client.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pyparsing, by the SDK's own parser
 TOKEN = "a-token/that+nobody may see"
+PROCESS = "error when retrieving credentials from custom-process: "
 SECRET = ClearMLServer.secret_key
 GOOD = f'api {{ api_server: "http://127.0.0.1:1", credentials {{ access_key: "ÄÖÜ", secret_key: "{SECRET}" }} }}\n'
-BRACKET = (
-    f'sdk.aws.s3.credentials: [ {{ host: "store:9000", key: "KEYKEYKEY", secret: "{SECRET}", secure: false }}\n{GOOD}'
-)
+BRACKET = f'sdk.aws.s3.credentials: [ {{ host: "store:9000", secret: "{SECRET}" }}\n{GOOD}'
 BROKEN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
-    "a bracket forgotten": (BRACKET.encode(), "line 1: syntax error"),
-    "a quote forgotten": (f'api {{ api_server: "http://h:1\n}}\n{GOOD}'.encode(), "syntax error"),
-    "UTF-16": (GOOD.encode("utf-16"), "byte order mark"),
+    "a bracket forgotten": (BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
     "a byte order mark": (GOOD.encode("utf-8-sig"), "byte order mark"),
     "Latin-1": (GOOD.encode("latin-1"), "is no text in UTF-8"),
     "a variable that is set nowhere": (f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "a bracket, or is ${NO_SUCH} set nowhere?"),
-    "a folder": (Path.mkdir, "is no file but a folder"),
-    "a pipe": (os.mkfifo, "is no file but a pipe"),  # as of <(command); a look would empty it, or wait for ever
+    "an included file that is missing": (f'include "other.conf"\n{GOOD}'.encode(), "other.conf. File does not exist"),
+    "a folder": (Path.mkdir, "is no file, but a folder"),
+    "a pipe": (os.mkfifo, "is no file, but a folder, a pipe"),  # as of <(command): a look would empty it, or wait
+    # As the HOME of another user, in a container that runs by number:
+    "a file that cannot be read": (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic"),
     "empty": (b"", "says nothing"),
-    "only a comment": (b"# nothing yet\n\n", "says nothing"),
-    "a number": (b"api: 5", "api is no section"),  # these two parse, and are no reason for an offline run
-    "a text": (b'sdk: "hello"', "sdk is no section"),
+    "only comments": (b"# nothing yet\n\n  // as before\n", "says nothing"),
+    "a number": (b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
 }
 
 
@@ -74,28 +71,6 @@ def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it
     printed, errors = capsys.readouterr()
     assert f"ClearML: without clearml.conf, because {path}" in printed
     assert SECRET not in said + printed + errors
-
-
-def test_a_warning_that_became_an_error_is_named(here: Machine) -> None:
-    """As with PYTHONWARNINGS=error; clearml.conf is well."""
-    (here.home / "clearml.conf").write_text(GOOD)
-    warnings.simplefilter("error")
-    with pytest.raises(RunError, match=r"^a warning .* made an error: \w+DeprecationWarning: '\w+' deprecated"):
-        configuration.check()
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("a: [ {b: 1}\napi {c: {d: 1} }\n", 1),
-        ("a {\n b: [1, 2\n}\n", 2),
-        ('a: "}" # ]\nb: 1\n}\n', 3),
-        ('a: "[{" // {\nb {"x": """[\n["""}\n', None),
-    ],
-)
-def test_the_line_of_a_bracket_without_its_other_half(tmp_path: Path, text: str, line: int | None) -> None:
-    (tmp_path / "clearml.conf").write_text(text)
-    assert configuration.bad_bracket(tmp_path / "clearml.conf") == line
 
 
 @pytest.mark.parametrize(
@@ -145,7 +120,6 @@ BY_TOKEN = {"CLEARML_API_HOST": "http://h:1", "CLEARML_AUTH_TOKEN": "a token"}
     ("variables", "host", "credentials"),
     [
         (OLD, "TRAINS_API_HOST", "TRAINS_API_ACCESS_KEY, .*; TRAINS_API_SECRET_KEY, "),
-        (OLD | {"CLEARML_API_HOST": "http://h:1"}, "CLEARML_API_HOST", "TRAINS_API_ACCESS_KEY, "),
         (BY_TOKEN, "CLEARML_API_HOST", "CLEARML_AUTH_TOKEN, "),
     ],
 )
@@ -168,37 +142,34 @@ def test_half_a_server_is_no_reason_to_be_offline(here: Machine) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        (f"the store said {TOKEN}", "the store said ***"),
         (f"Invalid header value b'{TOKEN}\\n'", "Invalid header value b'***'"),
         ("a-token%2Fthat%2Bnobody%20may%20see", "***"),
         ("key AKIA0123456789ABCD", "key ...ABCD"),
         ('near secret_key: "unknown-to-us", {', 'near secret_key: "***", {'),
-        ("https://me:hunter2@host/x", "https://***@host/x"),
         ("http://me:p@ss@host/a@b", "http://***@host/a@b"),
         (
             '{"id": 1, "key": "-----BEGIN PRIVATE KEY-----\\nMII/9+\\n-----END PRIVATE KEY-----\\n"}',
             '{"id": 1, "key": "***\\n"}',
         ),
         ("got -----BEGIN RSA PRIVATE KEY-----\nMII", "got ***"),  # cut off
-        ("error when retrieving credentials from custom-process: access denied for t0ken\nbye", None),
+        (f"{PROCESS}access denied for t0ken\nbye", f"{PROCESS}***"),
         (
             "said 'wrong', user=wrong&x /home/wrong.conf wrongly not-wrong",
             "said '***', user=***&x /home/wrong.conf wrongly not-wrong",
         ),
     ],
 )
-def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch, text: str, shown: str | None) -> None:
+def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
     """A word, which is a weak secret, only where it stands alone."""
     variables = {"AWS_SESSION_TOKEN": f"{TOKEN}\n", "CLEARML_API_ACCESS_KEY": "AKIA0123456789ABCD"}
     for name, value in {**variables, "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
         monkeypatch.setenv(name, value)
-    shown = shown or "error when retrieving credentials from custom-process: ***"
     assert errors.redact(text) == shown
     assert errors.redact(f"{shown}; the cure") == f"{shown}; the cure"
 
 
 def test_what_a_credential_process_prints_is_no_sign() -> None:
-    error = OSError("Error when retrieving credentials from custom-process: access denied")
+    error = OSError(f"{PROCESS}access denied")
     error.__cause__ = error  # and a circle of causes has an end
     assert errors.diagnose(error).words != errors.DENIED
 
@@ -241,15 +212,3 @@ def test_a_home_that_cannot_be_written_has_a_cure(machine: Machine, tmp_path: Pa
     assert "CLEARML_CACHE_DIR" in done.stderr
     cured = machine.train("--dry-run", "--output-dir", tmp_path / "out", CLEARML_CACHE_DIR=str(tmp_path / "cache"))
     assert cured.returncode == 0, cured.stderr
-
-
-def test_no_home_has_that_cure_too(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs by number: no variable, and no entry of the user."""
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr(pwd, "getpwuid", dict[int, str]().__getitem__)
-    monkeypatch.chdir(here.home)
-    with pytest.raises(RunError, match="no home folder") as refusal:
-        configuration.check_cache()
-    assert "CLEARML_CACHE_DIR" in refusal.value.cure
-    assert configuration.display_path("/a/path") == "/a/path"
-    assert list(here.home.iterdir()) == []

@@ -108,21 +108,28 @@ def test_the_model_arrives(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
-def test_a_listing_is_whole_or_says_why_not(gcs: FakeGCS, tmp_path: Path) -> None:
+def test_a_listing_is_whole_or_says_why_not(gcs: FakeGCS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rclone = Rclone(tmp_path / "store")
     folder, names = rclone.folder / "data/models/list/deep", [f"list/deep/{number}" for number in range(1001)]
     folder.mkdir(parents=True)
     for name in names:  # more than a page
         (folder.parent.parent / name).touch()
-    with rclone, closing(rclone.client()) as s3, closing(gcs.client()) as google:
-        places = {bucket: storage.S3(rclone.uri(), s3, bucket=bucket) for bucket in ("models", "nonesuch")}
-        assert sorted(places["models"].list("list/")) == sorted(names)
-        assert places["models"].list("nothing/") == storage.GCS("", google.bucket("models")).list("nothing/") == []
+    for variable, value in rclone.environment().items():
+        monkeypatch.setenv(variable, value)
+    models, nonesuch = storage.open_store("s3://models"), storage.open_store("s3://nonesuch")
+    with (
+        rclone,
+        closing(models.bucket.meta.client),
+        closing(nonesuch.bucket.meta.client),
+        closing(gcs.client()) as google,
+    ):
+        assert sorted(models.list("list/")) == sorted(names)
+        assert models.list("nothing/") == storage.GCS("", google.bucket("models")).list("nothing/") == []
         with pytest.raises(storage.StorageError, match="cannot list: not there: no such bucket"):
-            places["nonesuch"].list("")
+            nonesuch.list("")
     listed = storage.Folder("").list(str(folder.parent))
     assert sorted(listed) == sorted(str(folder.parent.parent / name) for name in names)
     assert storage.Folder("").list(str(tmp_path / "nothing")) == []
     shutil.rmtree(folder.parent)
-    with closing(Rclone(tmp_path).client()) as dead, pytest.raises(storage.StorageError, match="no answer: refused"):
-        storage.S3("", dead, bucket="models").list("")
+    with pytest.raises(storage.StorageError, match="no answer: refused"):
+        models.list("")
