@@ -114,6 +114,14 @@ def check_settings(setup: Setup) -> Found:
     return f"{configuration.setting(HOST)}, access key {key}, secret key set", sources
 
 
+def check_secrets(_: Setup) -> Found:
+    redact("")  # which looks into the variables
+    if not errors.weak:
+        return None
+    words = f"too short, or perhaps a word: redacted only where it stands alone: {', '.join(sorted(errors.weak))}"
+    return words, "", "make a random secret of 16 characters or more"
+
+
 def check_cache(_: Setup) -> Found:
     with unmade(Path(sdk.get_cache_dir())):
         configuration.check_cache()
@@ -134,6 +142,17 @@ def check_keys(_: Setup) -> Found:
     user = session.get_decoded_token(session.token).get("identity", {})
     key, user = last4(configuration.setting(ACCESS)), user.get("user_name") or user.get("user")
     return f"access key {key} is user {user}", configuration.credentials_origin()
+
+
+def check_task(_: Setup) -> Found:
+    """Tell of an id that an agent has set, or that is left over."""
+    if Task.running_locally():
+        return None
+    name = configuration.variable_in_use("CLEARML_TASK_ID")
+    asked = {"id": [os.environ[name]], "only_fields": ["name", "status"]}
+    tasks = server.session().send_request("tasks", "get_all", json=asked).json()["data"]["tasks"]
+    task = "{name}, which is {status}".format(**tasks[0]) if tasks else f"{os.environ[name]}, which is not there"
+    return f"a run is not a new task, but {task}", variable(name), f"unset {name}, unless an agent has set it"
 
 
 def check_file_server(_: Setup) -> Found:
@@ -186,9 +205,11 @@ CHECKS: dict[str, tuple[Check, Sequence[str]]] = {
     "configuration: .env": (check_dotenv, ()),
     "configuration: file": (check_file, ()),
     SERVER: (check_settings, ["configuration: file"]),
+    "configuration: secrets": (check_secrets, ["configuration: file"]),
     "configuration: cache folder": (check_cache, ["configuration: file"]),
     "server: API": (check_api, [SERVER]),
     "server: keys": (check_keys, ["server: API"]),
+    "server: task": (check_task, ["server: keys"]),
     "server: file server": (check_file_server, [SERVER]),
     "storage: target": (check_target, ()),
     "storage: access": (check_access, ["configuration: file", "storage: target"]),

@@ -29,6 +29,7 @@ PACKAGES = {"s3": ("boto3", "client"), "gs": ("google-cloud-storage", "gcs"), "a
 STEP = 30  # seconds for each step of a check: where a store answers, the SDK may try again, with pauses
 QUICK: dict[str, Any] = {"timeout": PATIENCE, "retry": None}  # for Google's library
 CHUNK = 2**20  # bytes
+LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
 
 
 class StorageError(RunError):
@@ -145,7 +146,8 @@ class Store:
                 self.trouble = reason
             if self.suspicion:
                 raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
-            raise StorageError(reason, trouble.cure, self.source) from error
+            cure = LIST_CURE if (verb, trouble.words) == ("look", DENIED) else trouble.cure
+            raise StorageError(reason, cure, self.source) from error
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes; None where there is none."""
@@ -364,9 +366,11 @@ def open_s3(uri: str) -> S3:
 
 def open_gcs(uri: str) -> GCS:
     """Open the SDK's own bucket."""
+    key = "GOOGLE_APPLICATION_CREDENTIALS"
+    if os.getenv(key, "").lstrip().startswith("{"):  # as CI systems have it
+        raise StorageError(f"{key} holds the key itself", "write it to a file, and name that file", variable(key))
     with sdk.storage_errors():
         bucket = StorageManager.storage_helper.get(uri).get_object(f"{uri}/any").bucket
-    key = "GOOGLE_APPLICATION_CREDENTIALS"
     keys = os.getenv(key) or "application default credentials, or those of sdk.google.storage"
     return GCS("/".join(uri.split("/")[:3]), bucket, set_by("STORAGE_EMULATOR_HOST", key), keys=keys)
 

@@ -6,6 +6,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it
     printed, errors = capsys.readouterr()
     assert f"ClearML: without clearml.conf, because {path}" in printed
     assert SECRET not in said + printed + errors
+
+
+def test_a_warning_that_became_an_error_is_named(here: Machine) -> None:
+    """As with PYTHONWARNINGS=error; clearml.conf is well."""
+    (here.home / "clearml.conf").write_text(GOOD)
+    warnings.simplefilter("error")
+    with pytest.raises(RunError, match=r"^a warning .* made an error: \w+DeprecationWarning: '\w+' deprecated"):
+        configuration.check()
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ STORES = [
     Tried("rclone", "access", "failed: .*no keys.*AWS_ACCESS_KEY_ID", None, NOBODY, AWS),
     Tried("rclone", "access", "failed: .*missing.*AWS_WEB_IDENTITY_TOKEN_FILE", None, ROLE, AWS),
     Tried("gcs", "access", "failed: .*gcloud auth application-default login", None, GOOGLE),
-    Tried("gcs", "access", "failed: .*the path of a key file in GOOGLE_APPLICATION_CREDENTIALS", None, GOOGLE_KEY),
+    Tried("gcs", "access", "failed: .*holds the key itself.*write it to a file", None, GOOGLE_KEY),
     # What is wrong with the entry in clearml.conf.
     Tried("rclone", "access", f"failed: no entry for .*'host': '127.0.0.1'.*{ENTRY}", {"host": "127.0.0.1"}),
     Tried("rclone", "access", f"failed: no entry for .*'bucket': 'mod'.*{ENTRY}", {"bucket": "mod"}),

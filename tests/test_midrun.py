@@ -118,6 +118,9 @@ def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
     server.tasks[task]["status"] = status
     before = deepcopy((server.tasks, server.models))
     run = begin("--dry-run", CLEARML_TASK_ID=task)
+    doctor = begin("clearml_client.doctor", "--only", "server", script="-m", CLEARML_TASK_ID=task)
+    assert doctor.end() == 0
+    assert re.search(f"^warning +server: task .*but an old one, which is {status} .*CLEARML_TASK", doctor.stdout, re.M)
     assert run.end() == 2, run.everything
     assert f"the task an old one ({task}), which CLEARML_TASK_ID names, is {status}: unset CLEARML" in run.line
     assert (server.tasks, server.models) == before

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -124,6 +125,7 @@ NO_WEB = r"no address of the web UI.*set api.web_server \(CLEARML_WEB_HOST\)"
 TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
 ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
 TO_STORE = (*SCRIPT, "--output-uri", "$uri")
+FILES = (*DOCTOR, "--only", "configuration")
 
 RIGHT = [
     Case(SERVER, "$secure", BY_VARIABLE, "All is well"),
@@ -133,6 +135,10 @@ RIGHT = [
     Case(SCRIPT, "$no_get", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
     Case(SCRIPT, "sdk {}", TOKEN, "Stored: http:"),
     Case(SCRIPT, "$server", {"CLEARML_OFFLINE_MODE": "0"}, "Stored: http:"),
+    Case(
+        FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "warning .*secrets .*stands alone: AWS_SECRET_ACCESS_KEY"
+    ),
+    Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, "All is well"),
 ]
 WRONG = [
     Case(SCRIPT, "$secure", BUNDLE, "certificate not trusted.*api.verify_certificate"),  # the SDK would ask for ever
@@ -196,6 +202,38 @@ def test_a_server_that_is_away_is_told_of_once(
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
+READ_ONLY = "mount -t tmpfs -o ro,size=1M tmpfs"
+
+
+@pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs root, to mount")
+@pytest.mark.parametrize(
+    ("mounts", "words"),
+    [
+        (
+            f"{READ_ONLY} /tmp; {READ_ONLY} /var/tmp; cd /proc",
+            "no folder for temporary files: No usable .*; set TMPDIR to",
+        ),
+        (f"{READ_ONLY} /dev/shm", "no semaphore can be made: Read-only file system; free space in /dev/shm, or"),
+    ],
+)
+def test_a_machine_without_a_place_for_temporary_files(machine: Machine, mounts: str, words: str) -> None:
+    """Of which `import clearml` makes a traceback."""
+    command = f"{mounts}; exec {shlex.join([sys.executable, str(ROOT / 'pytorch_mnist.py'), '--offline'])}"
+    environment = {name: value for name, value in machine.environment.items() if name != "TMPDIR"}
+    unshared = ["unshare", "--mount", "sh", "-c", command]
+    done = subprocess.run(unshared, cwd=machine.home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.match(f"pytorch_mnist.py: error: {words}", done.stderr), done.stderr
+
+
+def test_an_interrupt_before_the_guard_is_one_line(begin: Begin, machine: Machine) -> None:
+    """While torch is imported, say."""
+    (machine.home / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    run = begin("--dry-run", PYTHONPATH=str(machine.home))
+    assert run.end() == -signal.SIGINT
+    assert run.stderr == "pytorch_mnist.py: interrupted\n"
+
+
 @pytest.mark.parametrize(("uri", "folder"), [("Übung", "Übung"), ("~/Übung 🚀", "Übung 🚀")])
 def test_an_offline_run_asks_nobody_and_stores_in_a_folder_by_any_name(machine: Machine, uri: str, folder: str) -> None:
     """Also where the output lacks letters of what it prints."""
