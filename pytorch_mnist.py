@@ -259,10 +259,10 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     parser.add_argument("--offline", action="store_true", help="use no server: record a session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue to send the run to")
-    count = number(int, 1)  # 1 or more
+    count, size = number(int, 1), number(int, 1, 9999)
     parser.add_argument("--epochs", type=count, default=3, help="number of epochs")
-    parser.add_argument("--batch-size", type=count, default=128, help="training batch size")
-    parser.add_argument("--test-batch-size", type=count, default=1000, help="test batch size")
+    parser.add_argument("--batch-size", type=size, default=128, help="training batch size")
+    parser.add_argument("--test-batch-size", type=size, default=1000, help="test batch size")
     parser.add_argument("--lr", type=number(float, 1e-9), default=0.3, help="peak learning rate")
     parser.add_argument("--momentum", type=number(float, 0, 0.999), default=0.9, help="momentum")
     parser.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="L2 penalty")

@@ -93,9 +93,10 @@ def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: Cl
     (machine.home / "line.py").write_text(fenced(PAGES["README.md"], "python")[0])
     run = machine.run(machine.home / "line.py")
     assert (run.returncode, run.stderr) == (0, "")
-    (task,), (model,) = online.tasks.values(), online.models.values()
-    assert (task["status"], task["name"], model["task"]) == ("completed", "line", task["id"])
-    assert [*stored_curves(online, task["id"])["loss", "train"]] == [*range(100)]
+    task = online.tasks[run.task]
+    (model,) = [model for model in online.models.values() if model["task"] == run.task]
+    assert (task["status"], task["name"]) == ("completed", "line")
+    assert [*stored_curves(online, run.task)["loss", "train"]] == [*range(100)]
     assert model["uri"].endswith("/models/line.pt")
     assert read(machine.home / "line.pt")["weight"].item() == pytest.approx(3, abs=0.5)
 

@@ -104,6 +104,7 @@ URIS = ("S3://127.0.0.1:9000/b", "undefined", "s3://me:SECRET@h:1/b")  # more of
     [
         "--epochs two",
         "--batch-size -1",
+        "--batch-size 1000000000",
         "--device nonsense",
         "--lr nan",
         "--momentum 1",
