@@ -196,10 +196,8 @@ def test_a_checkout_as_cloned_or_of_a_tag_is_well(checkout: Path, capsys: pytest
     check_repository(checkout / "pytorch_mnist.py")
     assert capsys.readouterr().out == ""
     # With a message of its own, or it is the same commit as one of the same second that must not be pushed.
-    shell(
-        checkout,
-        f"{NOT_PUSHED} --message tagged; git push -q origin HEAD:refs/tags/v2; git checkout -q --detach; touch notes.txt",
-    )
+    shell(checkout, f"{NOT_PUSHED} --message tagged; git push -q origin HEAD:refs/tags/v2")
+    shell(checkout, "git checkout -q --detach; touch notes.txt")
     check_repository(checkout / "pytorch_mnist.py")
     assert capsys.readouterr().out == "Not at the agent, since git does not track them: notes.txt\n"
 
