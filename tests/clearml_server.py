@@ -12,11 +12,13 @@ import math
 import re
 import ssl
 import struct
+import tempfile
 import threading
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from copy import deepcopy
 from datetime import UTC, datetime
 from functools import partial, partialmethod, reduce
@@ -655,3 +657,12 @@ class ClearMLServer:
         self._scrolls[scroll_id] = min(newest, default=before)
         found = {"task": asked["task"], "iterations": [{"iter": at, "events": by_iteration[at]} for at in newest]}
         return {"metrics": [found], "scroll_id": scroll_id}
+
+
+if __name__ == "__main__":
+    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")))
+    server.start()
+    print("# For ~/clearml.conf:", server.configuration(), f"# Uploaded files: {server.files_folder}", sep="\n")
+    print("# Ctrl-C ends the server.", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -5,6 +5,7 @@ stands in.
 """
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import clearml_server
 import pytest
 import requests
 from clearml_server import ApiError, ClearMLServer
+from conftest import HANGS, Machine
 
 DATA = Path(__file__).parent / "data"
 
@@ -134,3 +136,14 @@ def test_the_file_server_wants_a_token_and_notes_what_it_does_not_know(server: C
     assert server.unknown.pop() == "file server: PUT /a"
     codes = [requests.get(url, headers=these, timeout=60).status_code for these in (headers, {})]
     assert codes == [200, 401]
+
+
+def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> None:
+    script = machine.start("tests/clearml_server.py")
+    script.wait_for("# Ctrl-C ends the server.")
+    machine.configure(script.stdout)
+    run = machine.train("--dry-run")
+    assert (run.returncode, "Stored: http" in run.stdout) == (0, True), run.everything
+    script.signal(signal.SIGINT)
+    script.waiting.join(HANGS)
+    assert (script.returncode, script.stderr) == (0, "")
