@@ -103,7 +103,7 @@ def check_file(_: Setup) -> Found:
 def check_settings(setup: Setup) -> Found:
     if reason := configuration.why_offline():
         setup.in_vain[SERVER] = reason
-        cure = "uv run clearml-init writes ~/clearml.conf, if you have a server"
+        cure = f"{errors.command('clearml-init')} writes ~/clearml.conf, if you have a server"
         if Task.is_offline():
             cure = f"unset {configuration.variable_in_use(configuration.OFFLINE)}"
         return f"runs are recorded offline, because {reason}", "", cure

@@ -40,14 +40,19 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     Before the block: configuration and server work, or the session is an offline one; the task to resume can go on;
     the queue is there, and an agent will find what the script needs; the storage takes a small object, gives it back
     and deletes it. After the block: the task is complete on the server, with all that it stored.
+
+    `output_uri`: where the run stores everything; by default CLEARML_OUTPUT_URI; "" for the ClearML file server.
     """
 
     output_uri = ""  # where the run stores everything; "" in an offline session that stores nothing elsewhere
     task_id: str | bool = False  # of the task that is resumed; False: a new one
     kept: Sequence[ModuleType] = ()
 
-    def __init__(self, output_uri: str = "", offline: bool = False, queue: str | None = None, resume: str = "") -> None:
-        self.given, self.offline, self.queue, self.resume = output_uri, offline, queue, resume
+    def __init__(
+        self, output_uri: str | None = None, offline: bool = False, queue: str | None = None, resume: str = ""
+    ) -> None:
+        self.given = os.getenv("CLEARML_OUTPUT_URI", "") if output_uri is None else output_uri
+        self.offline, self.queue, self.resume = offline, queue, resume
         self.process, self.lost = os.getpid(), LostReports()
         self.stored = ""  # address of what verify_upload has verified
 

@@ -89,6 +89,7 @@ def test_commands_run_and_print_what_the_page_shows(
 
 def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: ClearMLServer) -> None:
     machine.configure(online.configuration())
+    machine.variables["CLEARML_OUTPUT_URI"] = str(machine.home / "store")
     (machine.home / "clearml_client").symlink_to(ROOT / "clearml_client")
     (machine.home / "line.py").write_text(fenced(PAGES["README.md"], "python")[0])
     run = machine.run(machine.home / "line.py")
@@ -97,7 +98,7 @@ def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: Cl
     (model,) = [model for model in online.models.values() if model["task"] == run.task]
     assert (task["status"], task["name"]) == ("completed", "line")
     assert [*stored_curves(online, run.task)["loss", "train"]] == [*range(100)]
-    assert model["uri"].endswith("/models/line.pt")
+    assert re.fullmatch(f"file://{machine.home}/store/.*/models/line.pt", model["uri"])
     assert read(machine.home / "line.pt")["weight"].item() == pytest.approx(3, abs=0.5)
 
 
