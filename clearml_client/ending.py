@@ -23,12 +23,13 @@ from typing import Any
 from clearml import Task
 
 from clearml_client import sdk, server
-from clearml_client.errors import command, one_line
+from clearml_client.errors import RunError, command, one_line
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 SIGNALS |= {signal.SIGUSR1: "stopped by SIGUSR1", signal.SIGXCPU: "out of CPU time"}  # of batch systems
 POKE = signal.SIGURG  # of our own: it does nothing to who does not listen
 LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
+LAST_RESORT = 30  # seconds in which a run that has failed must end
 SCRIPT = Path(sys.argv[0])
 OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
 
@@ -50,11 +51,11 @@ class Ending:
         self.code, self.status, self.reason = 0, "", ""
         self.last_resort: threading.Timer | None = None  # it ends the process
 
-    def say(self, what: str, code: int, status: str, hint: str = "", seconds: float = 30) -> bool:
+    def say(self, what: str, code: int, status: str, hint: str = "", seconds: float = 0) -> bool:
         """Print the last line, and see that the process ends in so many seconds. Return False if it was said before."""
         if not self.claim(code, status, one_line(what, 1000)):
             return False
-        self.last_resort = start_timer(seconds, partial(abandon, code))
+        self.last_resort = start_timer(seconds or LAST_RESORT, partial(abandon, code))
         with suppress(OSError, ValueError):
             print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
         return True
@@ -93,7 +94,11 @@ class Ending:
                     task.close()
                 return
             sdk.disarm(task)
-            server.ping()  # or the calls would wait
+            try:
+                server.ping()  # or the calls would wait
+            except RunError:
+                sdk.drop_reports(task)
+                return
             if self.status == "failed":
                 task.mark_failed(status_reason=self.reason, status_message=self.reason, force=True)
             elif not self.aborted:

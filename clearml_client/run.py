@@ -30,6 +30,7 @@ from clearml_client.errors import RunError, UsageError, call_with_timeout, comma
 # Set by a program with a task that started this one: the SDK would take that task for this run's.
 MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 LIBRARIES = {"azure", "boto3", "botocore", "clearml", "google", "requests", "s3transfer", "urllib3"}
+PATIENCE = 60  # seconds for a server to come back
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 MISTAKES = (TypeError, LookupError, AttributeError, AssertionError)  # the script's, wherever they are raised
 
@@ -294,7 +295,7 @@ def wait_for_server(what: str) -> None:
     if Task.is_offline():
         return
     with explained(what), limit(120, what):
-        server.ping(patience=60)
+        server.ping(PATIENCE)
         server.session.cache_clear()  # its token is void if the server was restarted with another secret
         if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
             raise RunError("somebody has deleted the task on the ClearML server")

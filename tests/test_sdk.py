@@ -5,6 +5,7 @@ import inspect
 import clearml.utilities.resource_monitor
 import pytest
 from clearml import Task
+from clearml.backend_interface.metrics.reporter import Reporter
 from clearml.backend_interface.task.development.worker import DevWorker
 from clearml.backend_interface.task.log import TaskHandler
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
@@ -21,6 +22,8 @@ NAMES = [
     (_Boto3Driver, "_get_boto_resource_kwargs_from_config"),
     (_HttpDriver, "get_file_server_hosts"),
     (Task, "_at_exit"),
+    (Task, "_reporter"),
+    (Reporter, "_handle_program_exit"),
     (Task, "_wait_for_repo_detection"),
     (DevWorker, "unregister"),
     (TaskHandler, "_log_stderr"),
