@@ -268,6 +268,19 @@ def online(machine: Machine, stand_in: ClearMLServer) -> ClearMLServer:
 
 
 @pytest.fixture
+def own_server(live: bool, machine: Machine, tmp_path: Path) -> Iterator[ClearMLServer]:
+    """A server of the test's own, which it may stop, in the machine's clearml.conf."""
+    if live:
+        pytest.skip("does to the server what nobody wants")
+    server = ClearMLServer(tmp_path / "clearml-server")
+    server.start()
+    machine.configure(server.configuration())
+    yield server
+    server.stop()
+    assert server.unknown == []
+
+
+@pytest.fixture
 def begin(machine: Machine) -> Iterator[Begin]:
     """Starts the script; what is still running when the test ends is killed."""
     runs: list[Run] = []

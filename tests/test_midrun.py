@@ -4,7 +4,7 @@ What machines do to it (a server, a store or a disk that fails, a signal) is in 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
@@ -14,19 +14,6 @@ import pytest
 from clearml_server import ClearMLServer, Doc
 from conftest import FEW, Begin, Machine
 from stores import Rclone
-
-
-@pytest.fixture
-def server(live: bool, machine: Machine, tmp_path: Path) -> Iterator[ClearMLServer]:
-    """A server of the test's own, in the machine's clearml.conf."""
-    if live:
-        pytest.skip("does to the server what nobody wants")
-    stand_in = ClearMLServer(tmp_path / "clearml-server")
-    stand_in.start()
-    machine.configure(stand_in.configuration())
-    yield stand_in
-    stand_in.stop()
-    assert stand_in.unknown == []
 
 
 def revoke_keys(server: ClearMLServer, _: str) -> None:
@@ -46,12 +33,12 @@ def delete(server: ClearMLServer, task: str) -> None:
     ],
 )
 def test_whatever_becomes_of_keys_or_task_the_training_goes_on(
-    begin: Begin, machine: Machine, server: ClearMLServer, do: Callable[[ClearMLServer, str], None], words: str
+    begin: Begin, machine: Machine, own_server: ClearMLServer, do: Callable[[ClearMLServer, str], None], words: str
 ) -> None:
     """Said once, and the storage is not blamed."""
     run = begin(*FEW, "--epochs", 12, "--output-uri", machine.home / "store")
     run.wait_for("epoch 2/")
-    do(server, run.task)
+    do(own_server, run.task)
     assert run.end() == 1, run.everything
     assert re.search(words, run.line), run.line
     assert run.stderr.count("failed logging") <= 1, run.stderr
@@ -62,34 +49,34 @@ def test_whatever_becomes_of_keys_or_task_the_training_goes_on(
 
 @pytest.mark.parametrize("target", ["", "store"], ids=["file server", "folder"])
 def test_a_server_that_was_restarted_with_another_secret_has_everything(
-    begin: Begin, machine: Machine, server: ClearMLServer, target: str
+    begin: Begin, machine: Machine, own_server: ClearMLServer, target: str
 ) -> None:
     run = begin(*FEW, "--epochs", 12, "--output-uri", machine.home / target if target else "")
     run.wait_for("epoch 2/")
-    server.stop()
-    server.renew_secret()
-    server.start()
+    own_server.stop()
+    own_server.renew_secret()
+    own_server.start()
     assert run.end() == 0, run.everything
     task = machine.read_task(run.task)
-    assert {title: len(curve["x"]) for title, curve in task["scalars"]["loss"].items()} == {
-        "train batch": 36,
-        "train": 12,
-        "test": 12,
-    }
+    points = {title: len(curve["x"]) for title, curve in task["scalars"]["loss"].items()}
+    assert points == {"train batch": 36, "train": 12, "test": 12}
     (model,) = task["models"]
     assert Path(model["file"]).read_bytes() == machine.outputs("model.pt").read_bytes()
 
 
-# --- objects that the store loses -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["file server", "folder", "s3"])
 def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
-    begin: Begin, machine: Machine, server: ClearMLServer, rclone: Rclone, kind: str
+    begin: Begin, machine: Machine, own_server: ClearMLServer, rclone: Rclone, kind: str
 ) -> None:
     """Each artifact is registered after its upload: then the picture is emptied."""
-    store = {"file server": server.files_folder, "folder": machine.home / "store", "s3": rclone.folder / "data"}[kind]
-    uri = {"file server": "", "folder": store, "s3": rclone.uri("emptied")}[kind]
-    machine.configure(server.configuration(), rclone.clearml_conf())
-    register = server.tasks_add_or_update_artifacts
+    folder = machine.home / "store"
+    uri, store = {
+        "file server": ("", own_server.files_folder),
+        "folder": (str(folder), folder),
+        "s3": (rclone.uri("emptied"), rclone.folder / "data"),
+    }[kind]
+    machine.configure(own_server.configuration(), rclone.clearml_conf())
+    register = own_server.tasks_add_or_update_artifacts
 
     def empty_and_register(**asked: Any) -> Doc:
         for path in store.rglob("mistakes.png"):
@@ -100,53 +87,52 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
                 path.write_bytes(b"")
         return register(**asked)
 
-    server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
+    own_server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
     run = begin("--dry-run", "--output-uri", uri)
     assert run.end() == 1, run.everything
     assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes, and not \d+", run.line), run.line
-    assert ("--output-uri" in run.line) == (kind != "file server")  # of which the doctor takes no address
-    assert server.tasks[run.task]["status"] == "failed"
+    assert ("--output-uri" in run.line) == bool(uri)  # the doctor takes no address of the file server
+    assert own_server.tasks[run.task]["status"] == "failed"
 
 
 # --- a task that is there already -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("status", ["completed", "stopped"])
+@pytest.mark.parametrize("status", ["completed", "stopped", ""])
 def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
-    begin: Begin, server: ClearMLServer, status: str
+    begin: Begin, own_server: ClearMLServer, status: str
 ) -> None:
-    project = server.projects_create("old")["id"]
-    task = server.tasks_create("an old one", "training", project=project)["id"]
-    server.tasks[task]["status"] = status
-    before = deepcopy((server.tasks, server.models))
+    """Of a task that has ended, or of none."""
+    task, words = "0" * 32, f"there is no task {'0' * 32}, which CLEARML_TASK_ID names: unset CLEARML_TASK_ID"
+    if status:
+        project = own_server.projects_create("old")["id"]
+        task = own_server.tasks_create("an old one", "training", project=project)["id"]
+        own_server.tasks[task]["status"] = status
+        words = f"the task an old one ({task}), which CLEARML_TASK_ID names, is {status}: unset CLEARML_TASK_ID"
+    before = deepcopy((own_server.tasks, own_server.models))
     run = begin("--dry-run", CLEARML_TASK_ID=task)
-    doctor = begin("clearml_client.doctor", "--only", "server", script="-m", CLEARML_TASK_ID=task)
-    assert doctor.end() == 0
-    assert re.search(f"^warning +server: task .*but an old one, which is {status} .*CLEARML_TASK", doctor.stdout, re.M)
     assert run.end() == 2, run.everything
-    assert f"the task an old one ({task}), which CLEARML_TASK_ID names, is {status}: unset CLEARML" in run.line
-    assert (server.tasks, server.models) == before
-    assert not any(server.events.values())
-
-
-def test_a_task_id_of_no_task(begin: Begin, server: ClearMLServer) -> None:
-    run = begin("--dry-run", CLEARML_TASK_ID="0" * 32)
-    assert run.end() == 2, run.everything
-    assert run.line.endswith(f"error: there is no task {'0' * 32}, which CLEARML_TASK_ID names: unset CLEARML_TASK_ID")
     assert run.stderr.splitlines() == [run.line]
-    assert not server.tasks
+    assert run.line.endswith(f"error: {words}")
+    if status:
+        doctor = begin("clearml_client.doctor", "--only", "server", script="-m", CLEARML_TASK_ID=task)
+        assert doctor.end() == 0
+        warning = f"^warning +server: task .*but an old one, which is {status} .*CLEARML_TASK"
+        assert re.search(warning, doctor.stdout, re.MULTILINE)
+    assert (own_server.tasks, own_server.models) == before
+    assert not any(own_server.events.values())
 
 
 @pytest.mark.parametrize("edited", ["", "/var/tmp"])
 def test_a_clone_is_used_and_its_own_destination_wins(
-    begin: Begin, machine: Machine, server: ClearMLServer, edited: str
+    begin: Begin, machine: Machine, own_server: ClearMLServer, edited: str
 ) -> None:
     """Over Args/output_uri, which somebody has edited."""
     first = begin("--dry-run", "--output-uri", machine.home / "store")
     assert first.end() == 0, first.everything
-    clone = server.tasks_clone(first.task)["id"]
-    server.tasks[clone]["hyperparams"]["Args"]["output_uri"]["value"] = edited
+    clone = own_server.tasks_clone(first.task)["id"]
+    own_server.tasks[clone]["hyperparams"]["Args"]["output_uri"]["value"] = edited
     run = begin("--output-dir", "clone", CLEARML_TASK_ID=clone)
     assert run.end() == 0, run.everything
-    name = server.tasks[clone]["name"]
+    name = own_server.tasks[clone]["name"]
     assert run.stdout.count(f"ClearML: this run is the task {name} ({clone}), which CLEARML_TASK_ID names\n") == 1
     own = "Storage: the task's own output destination wins over --output-uri"
     assert run.stdout.count(own) == run.stdout.count(f"{own} {edited}\n") == bool(edited), run.stdout
