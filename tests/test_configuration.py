@@ -1,6 +1,6 @@
 """clearml.conf, .env and variables as people have them: what cannot be used is named, with its cure and no secret.
 
-`--offline` helps against whatever is wrong with the files. What script, doctor and clean-up say is in faults.py.
+`--offline` helps against whatever is wrong with the files. What a run says of it is in test_faults.py, too.
 """
 
 import os

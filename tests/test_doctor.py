@@ -1,7 +1,7 @@
 """The doctor against real stores and a stand-in server: what it finds, where that came from, the cure, nothing left.
 
-What it says of a server, a file or a store that a run cannot use is in the catalogue, faults.py, beside what the run
-says. What an error of a store means is in test_setups.py.
+What a run says of a server, a file or a store that it cannot use is in test_faults.py. What an error of a store
+means is in test_setups.py.
 """
 
 import errno

@@ -84,7 +84,8 @@ class Bench(Machine):
         assert promised(row, code)
         assert run.end(within) == code, run.everything
         assert "Traceback" not in run.stdout + run.stderr
-        assert not [each for each in words if each not in run.line.replace(str(self.home), "~")], run.line
+        line = run.line.replace(str(self.home), "~") if words else ""
+        assert not [each for each in words if each.replace(str(self.home), "~") not in line], run.line
         # The doctor is named where it can tell more, and nowhere else.
         assert (DOCTOR in run.stderr) == (DOCTOR in " ".join(words)), run.stderr
         for task, record in self.server.tasks.items():
