@@ -139,7 +139,7 @@ def disarm(task: Any) -> None:
 
 
 def drop_reports(task: Any) -> None:
-    """Keep the SDK from waiting at the end, for ever, for a server that takes no reports; way out: a time-out for it."""
+    """Keep the SDK from waiting for ever, at the end, for a server that is gone; way out: a time-out for it."""
     atexit.unregister(task._reporter._handle_program_exit)
     if handler := task.get_logger()._task_handler:
         handler.close = lambda *_, **__: None

@@ -4,7 +4,7 @@ import inspect
 
 import clearml.utilities.resource_monitor
 import pytest
-from clearml import Task
+from clearml import Logger, Task
 from clearml.backend_interface.metrics.reporter import Reporter
 from clearml.backend_interface.task.development.worker import DevWorker
 from clearml.backend_interface.task.log import TaskHandler
@@ -35,6 +35,10 @@ NAMES = [
 @pytest.mark.parametrize(("owner", "name"), NAMES, ids=[name for _, name in NAMES])
 def test_a_private_name_is_still_there(owner: object, name: str) -> None:
     assert hasattr(owner, name)
+
+
+def test_the_logger_has_the_handler_of_the_console() -> None:
+    assert "_task_handler" in Logger.__init__.__code__.co_names
 
 
 def test_the_session_takes_its_retries() -> None:
