@@ -26,6 +26,7 @@ class Progress:
     task: str = ""  # the id
     epoch: int = 0
     path: Path | None = None
+    args: dict[str, Any] = field(default_factory=dict)  # with which it began
     states: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,41 +81,36 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     first.add_argument("--resume", nargs="?", const="")
     first.add_argument("--output-dir", type=Path, default=parser.get_default("output_dir"))
     given, _ = first.parse_known_args()
-    if given.resume is None:
-        args = parser.parse_args()  # once: ClearML records what it parses
-        check_device(parser, args)
-        return args, Progress()
-    newest = max(given.output_dir.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default="")
-    path = Path(given.resume or newest)
+    progress = Progress() if given.resume is None else load(parser, given.resume, given.output_dir)
+    parser.set_defaults(**progress.args)
+    args = parser.parse_args()  # once: ClearML records what it parses
+    for name, value in progress.args.items():
+        if name not in CHANGEABLE and getattr(args, name, value) != value:
+            parser.error(f"argument --resume: --{name.replace('_', '-')} was {value}, and cannot change now")
+    try:
+        torch.empty(1, device="cpu" if args.device == "auto" or args.queue else args.device)  # an agent has its own
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # depends on the device's kind
+        reason = one_line(error).split(". ")[0]
+        parser.error(f"argument --device: no device {args.device!r} on this machine: {reason}")
+    return args, progress
+
+
+def load(parser: argparse.ArgumentParser, resume: str, folder: Path) -> Progress:
+    """Load the checkpoint `resume`, or the newest one below the folder."""
+    newest = max(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default="")
+    path = Path(resume or newest)
     if not path.name:
-        parser.error(f"argument --resume: no checkpoint below {given.output_dir}")
+        parser.error(f"argument --resume: no checkpoint below {folder}")
     model = path.with_name("model.pt")
     if not path.exists() and model.exists():
         parser.error(f"argument --resume: this run is finished, and its checkpoint was removed; its model: {model}")
     try:  # tensors and plain values only: nothing in the file is executed
         content = torch.load(path, map_location="cpu", weights_only=True)
-        began = content["args"]
         states = {**content["states"], "generator": content["generator"]}
-        progress = Progress(content["task"], content["epoch"], path, states)
+        return Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
     except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
-    parser.set_defaults(**began)
-    args = parser.parse_args()
-    check_device(parser, args)
-    for name, value in began.items():
-        if name not in CHANGEABLE and getattr(args, name, value) != value:
-            parser.error(f"argument --resume: --{name.replace('_', '-')} was {value}, and cannot change now")
-    return args, progress
-
-
-def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit as argparse does where this machine lacks the --device; one for a queue is the agent's."""
-    try:
-        torch.empty(1, device="cpu" if args.device == "auto" or args.queue else args.device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # depends on the device's kind
-        reason = one_line(error).split(". ")[0]
-        parser.error(f"argument --device: no device {args.device!r} on this machine: {reason}")
 
 
 def restore(progress: Progress, parts: dict[str, Any]) -> None:
