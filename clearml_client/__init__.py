@@ -1,13 +1,4 @@
-"""What a ClearML script needs around it: copy this folder beside your own script.
-
-    import clearml_client
-    clearml_client.prepare_environment()  # before `import clearml`
-    from clearml import OutputModel, Task
-    from clearml_client import run
-
-    with run.guard("s3://host:port/bucket/path") as guard:
-        task = Task.init("project", "task", output_uri=guard.output_uri)
-        ...
+"""What a ClearML script needs around it. Copy this folder beside your own script: README.md shows how to use it.
 
 Imports go one way: doctor, cleanup, checkpoint -> run -> storage, server, agent -> configuration, errors -> sdk.
 """
