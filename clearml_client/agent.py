@@ -64,11 +64,7 @@ def own_modules() -> list[ModuleType]:
 
 
 def check_queue(name: str) -> None:
-    """Raise RunError where the server has no such queue."""
-    answer = server.session().send_request("queues", "get_all", json={"only_fields": ["name"]})
-    if not answer.ok:
-        raise RunError(f"the ClearML server does not tell its queues: HTTP {answer.status_code}")
-    names = sorted(queue["name"] for queue in answer.json()["data"]["queues"])
+    names = sorted(queue["name"] for queue in server.call("queues.get_all", only_fields=["name"])["queues"])
     if name not in names:
         there = f"its queues: {', '.join(names)}" if names else "it has none: make one under Workers & Queues"
         raise RunError(f"no queue {name!r} on the ClearML server; {there}")
@@ -114,8 +110,8 @@ def check_repository(script: Path) -> None:
     if missing:
         raise RunError(f"git does not track {', '.join(missing)}: an agent would not have it", f"git add {missing[0]}")
     changes = git("diff", "HEAD")
-    if len(changes) > sdk.MOST_CHANGES:
-        what = f"{plural(len(changes), 'byte')} of uncommitted changes, of which ClearML stores {sdk.MOST_CHANGES:,}"
+    if len(changes) > sdk.MAX_DIFF_BYTES:
+        what = f"{plural(len(changes), 'byte')} of uncommitted changes, of which ClearML stores {sdk.MAX_DIFF_BYTES:,}"
         raise RunError(what, "commit and push them")
     if "\nBinary files " in changes:
         raise RunError("an agent cannot apply uncommitted changes of binary files", "commit and push them")

@@ -58,31 +58,14 @@ class KeepTask(RunError):  # noqa: N818
     """A good reason for a task to stay, which is no failure."""
 
 
-class NoAnswerError(RunError):
-    """The server does not answer, so that no other task need be tried."""
-
-
 # --- the ClearML server ---------------------------------------------------------------------------------------------
-def ask(call: str, **parameters: Any) -> Doc:
-    """Call the server's API. Raise NoAnswerError, or another RunError where the server refuses."""
-    session = server.session()
-    try:
-        answer = session.send_request(*call.split("."), json=parameters)
-        if answer.status_code == 200:
-            return answer.json()["data"]  # type: ignore[no-any-return]
-        reason = "" if answer.status_code in (405, 411) else answer.json()["meta"]["result_msg"]  # a proxy has none
-    except Exception as error:
-        raise NoAnswerError(f"no answer to {call}: {type(error).__name__}: {one_line(error)}") from error
-    raise server.refusal(f"{call}: HTTP {answer.status_code} {reason}")
-
-
 def get_all(kind: str, **filters: Any) -> list[Doc]:
     """Get all documents, page by page. An empty filter matches nothing here, and everything on the server."""
     docs: list[Doc] = []
     while [] not in filters.values():
-        page = ask(f"{kind}.get_all", **filters, order_by=["-created"], page=len(docs) // PAGE, page_size=PAGE)[kind]
-        docs += page
-        if len(page) < PAGE:
+        found = server.call(f"{kind}.get_all", **filters, order_by=["-created"], page=len(docs) // PAGE, page_size=PAGE)
+        docs += found[kind]
+        if len(found[kind]) < PAGE:
             break
     return docs
 
@@ -94,7 +77,7 @@ def image_addresses(task: str) -> set[str]:
         request = {"task": task, "event_type": kind, "order": "desc", "batch_size": 1000}
         seen, total = 0, 1
         while seen < total:  # newest first: a scroll that has come to iteration 0 would begin again
-            data = ask("events.get_task_events", **request)
+            data = server.call("events.get_task_events", **request)
             for event in data["events"]:
                 found.add(event.get("url") or "")
                 with suppress(ValueError, AttributeError, TypeError, KeyError):  # a plot is whatever somebody sent
@@ -312,8 +295,8 @@ class Project:
             session = SESSION.search(stored.address)
             stored.store.tidy(stored.key, session[0] if session else id_)
         for model in task.models:  # the server would keep one that the task itself has used, as after a resumed run
-            ask("models.delete", model=model, force=True, delete_external_artifacts=False)
-        ask("tasks.delete", task=id_, delete_external_artifacts=False)  # not force: the server has its say, too
+            server.call("models.delete", model=model, force=True, delete_external_artifacts=False)
+        server.call("tasks.delete", task=id_, delete_external_artifacts=False)  # not force: the server has its say, too
         self.deleted.add(id_)
 
 
@@ -370,8 +353,8 @@ def delete_tasks(project: Project, tasks: list[OldTask]) -> None:
         except RunError as error:
             task.reason = error
             say(f"left {task.name} ({task.id}): {error}")
-            if isinstance(error, NoAnswerError):
-                break
+            if isinstance(error, server.NoAnswerError):
+                break  # no other task need be tried
     gone = [task for task in tasks if task.deleted]
     say(f"Deleted: {plural(len(gone), 'task')}, {sum_up(gone)}. Left: {plural(len(tasks) - len(gone), 'task')}.")
 

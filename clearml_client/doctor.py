@@ -35,7 +35,7 @@ from clearml_client.configuration import ACCESS, FILES, HOST, VARIABLES, display
 from clearml_client.errors import RunError, call_with_timeout, diagnose, last4, one_line, redact
 
 AREAS = ("configuration", "server", "storage", "machine")
-PATIENCE = 4 * storage.STEP  # seconds for one check: an object takes that many steps
+TIMEOUT = 4 * storage.STEP  # seconds for one check: an object takes that many steps
 SERVER = "configuration: ClearML server"
 
 
@@ -54,7 +54,7 @@ class Setup:
 
     uri: str  # where the model goes
     source: str  # who says so
-    in_vain: dict[str, str] = field(default_factory=dict)  # why there is nothing to build on, by name of the check
+    blocked: dict[str, str] = field(default_factory=dict)  # why there is nothing to build on, by name of the check
 
     @property
     def uses_file_server(self) -> bool:
@@ -66,7 +66,7 @@ Check = Callable[[Setup], Found]  # raises RunError for a failure, and has nothi
 
 
 @contextmanager
-def unmade(folder: Path) -> Iterator[None]:
+def without_new_folders(folder: Path) -> Iterator[None]:
     """Remove the folders that a check makes on the way to this one, unless something else is in them."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -102,7 +102,7 @@ def check_file(_: Setup) -> Found:
 
 def check_settings(setup: Setup) -> Found:
     if reason := configuration.why_offline():
-        setup.in_vain[SERVER] = reason
+        setup.blocked[SERVER] = reason
         cure = f"{errors.command('clearml-init')} writes ~/clearml.conf, if you have a server"
         if Task.is_offline():
             cure = f"unset {configuration.variable_in_use(configuration.OFFLINE)}"
@@ -123,7 +123,7 @@ def check_secrets(_: Setup) -> Found:
 
 
 def check_cache(_: Setup) -> Found:
-    with unmade(Path(sdk.get_cache_dir())):
+    with without_new_folders(Path(sdk.get_cache_dir())):
         configuration.check_cache()
     return display_path(sdk.get_cache_dir()), ""
 
@@ -136,9 +136,7 @@ def check_api(_: Setup) -> Found:
 
 def check_keys(_: Setup) -> Found:
     session = server.session()
-    answer = session.send_request("projects", "get_all", json={"page_size": 1, "only_fields": ["id"]})
-    if answer.status_code in (405, 411):  # of a proxy, to a GET with a body
-        raise server.refusal(f"HTTP {answer.status_code}")
+    server.call("projects.get_all", page_size=1, only_fields=["id"])
     user = session.get_decoded_token(session.token).get("identity", {})
     key, user = last4(configuration.setting(ACCESS)), user.get("user_name") or user.get("user")
     return f"access key {key} is user {user}", configuration.credentials_origin()
@@ -149,8 +147,7 @@ def check_task(_: Setup) -> Found:
     if Task.running_locally():
         return None
     name = configuration.variable_in_use("CLEARML_TASK_ID")
-    asked = {"id": [os.environ[name]], "only_fields": ["name", "status"]}
-    tasks = server.session().send_request("tasks", "get_all", json=asked).json()["data"]["tasks"]
+    tasks = server.call("tasks.get_all", id=[os.environ[name]], only_fields=["name", "status"])["tasks"]
     task = "{name}, which is {status}".format(**tasks[0]) if tasks else f"{os.environ[name]}, which is not there"
     return f"a run is not a new task, but {task}", variable(name), f"unset {name}, unless an agent has set it"
 
@@ -173,7 +170,7 @@ def check_target(setup: Setup) -> Found:
 
 def check_access(setup: Setup) -> Found:
     """See by what the storage is opened."""
-    if setup.uses_file_server and SERVER in setup.in_vain:
+    if setup.uses_file_server and SERVER in setup.blocked:
         return None
     store = storage.open_store(setup.uri)
     return (store.keys, store.source) if store.keys else None
@@ -181,10 +178,10 @@ def check_access(setup: Setup) -> Found:
 
 def check_object(setup: Setup) -> Found:
     """Make the run's own check."""
-    if setup.uses_file_server and SERVER in setup.in_vain:
+    if setup.uses_file_server and SERVER in setup.blocked:
         return None
     begin = time.perf_counter()
-    with unmade(Path(setup.uri.removeprefix("file://")).expanduser()):
+    with without_new_folders(Path(setup.uri.removeprefix("file://")).expanduser()):
         uri = storage.check_access(setup.uri)
     return f"written, read, compared, deleted in {time.perf_counter() - begin:.2f} s", display_path(uri)
 
@@ -221,15 +218,15 @@ CHECKS: dict[str, tuple[Check, Sequence[str]]] = {
 def examine(setup: Setup, name: str) -> Finding | None:
     """Make one check. Whatever it raises becomes a finding."""
     check, needs = CHECKS[name]
-    if reason := next((setup.in_vain[need] for need in needs if need in setup.in_vain), ""):
-        setup.in_vain[name] = reason
+    if reason := next((setup.blocked[need] for need in needs if need in setup.blocked), ""):
+        setup.blocked[name] = reason
         return Finding(name, "skipped", reason)
     try:
-        found = call_with_timeout(PATIENCE, "time-out", lambda: check(setup))
+        found = call_with_timeout(TIMEOUT, "time-out", lambda: check(setup))
         state = "warning" if found and len(found) > 2 else "ok"
     except Exception as error:
         state = "failed" if name != "server: file server" or setup.uses_file_server else "warning"
-        setup.in_vain[name] = f"{name} failed"
+        setup.blocked[name] = f"{name} failed"
         if isinstance(error, RunError):
             found = str(error), error.source or setup.source * name.startswith("storage"), error.cure
         else:
@@ -277,7 +274,7 @@ def main() -> int:
         report(shown, is_well, args.json)
     for thread in threading.enumerate():
         if thread.name == "bounded":  # given up, but it may still have to delete its object
-            thread.join(2 * server.PATIENCE)
+            thread.join(2 * server.TIMEOUT)
     return int(not is_well)
 
 

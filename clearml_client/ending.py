@@ -27,15 +27,11 @@ from clearml_client.errors import RunError, command, one_line
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 SIGNALS |= {signal.SIGUSR1: "stopped by SIGUSR1", signal.SIGXCPU: "out of CPU time"}  # of batch systems
-POKE = signal.SIGURG  # of our own: it does nothing to who does not listen
+WAKE_UP = signal.SIGURG  # of our own: it does nothing to who does not listen
 LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
 LAST_RESORT = 30  # seconds in which a run that has failed must end
 SCRIPT = Path(sys.argv[0])
 OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop. No `except Exception` on its way swallows it."""
 
 
 class Ending:
@@ -166,7 +162,7 @@ class Watcher:
         self.receiver.settimeout(0.2)
         self.sender.setblocking(False)
         self.open, self.raising = True, False
-        self.earlier = {number: signal.getsignal(number) for number in (*SIGNALS, POKE)}
+        self.earlier = {number: signal.getsignal(number) for number in (*SIGNALS, WAKE_UP)}
         if self.earlier[signal.SIGHUP] is signal.SIG_IGN:  # nohup
             del self.earlier[signal.SIGHUP]
         self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
@@ -189,12 +185,12 @@ class Watcher:
         in_own_steps = names & OWN_STEPS and not names & INTERRUPTIBLE
         if self.raising and not ending.unwinding.is_set() and not in_own_steps:
             self.raising = False  # once: what runs then must not be interrupted
-            raise Stopped
+            raise KeyboardInterrupt  # no `except Exception` on its way swallows it
 
     def interrupt(self) -> None:
         """Have `handle_signal` called in the main thread, also where it waits."""
         if self.open:
-            signal.pthread_kill(threading.main_thread().ident or 0, POKE)
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE_UP)
 
     def prepare_fork(self) -> None:
         if self.open and (task := Task.current_task()):

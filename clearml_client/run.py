@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -24,8 +25,8 @@ from urllib.parse import unquote
 from clearml import Task
 
 from clearml_client import agent, configuration, sdk, server, storage
-from clearml_client.ending import SCRIPT, Stopped, Watcher, ending, in_notebook, limit
-from clearml_client.errors import RunError, UsageError, call_with_timeout, command, escape_unencodable, one_line
+from clearml_client.ending import SCRIPT, Watcher, ending, in_notebook, limit
+from clearml_client.errors import RunError, UsageError, command, escape_unencodable, one_line
 
 # Set by a program with a task that started this one: the SDK would take that task for this run's.
 MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
@@ -66,9 +67,9 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         escape_unencodable(line_buffering=True)  # a log file shows each line at once
         survive_broken_pipe()
         if "triton" not in sys.modules and not in_notebook():  # triton tells of all its objects that were not freed
-            # Modules live to the end. The collector need not look at them, which took a second there, and workers that
-            # are forked share them. What has the script's own modules makes the interpreter clear them: the cycles in
-            # them would stay, and an open file would not get the rest of what was written to it.
+            # The garbage collector skips what is frozen, which saves a second at the end, and forked workers share it.
+            # The references make the interpreter clear the script's own modules all the same: a file that is left open
+            # in one would lose the rest of what was written to it.
             gc.freeze()
             self.__class__.kept = [sys.modules["__main__"], *agent.own_modules()]
         self.watcher = Watcher()
@@ -252,7 +253,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             if completed_here and (status := Task.get_task(task.id).status) != "completed":
                 raise RunError(f"the ClearML server has the task as {status}")
         if not ending.claim(0, "completed", ""):
-            raise Stopped  # by a signal that came before; one that comes now is too late
+            raise KeyboardInterrupt  # by a signal that came before; one that comes now is too late
         if ending.checkpoint:
             with suppress(OSError):  # if it stays, the task refuses to be resumed
                 ending.checkpoint.unlink()
@@ -284,7 +285,8 @@ class LostReports(logging.Filter):
 
 def check_resumable(task_id: str) -> None:
     """Raise UsageError for a task that must not be touched again, or cannot be."""
-    task = call_with_timeout(60, "no answer about the task that is resumed", lambda: Task.get_task(task_id))
+    with explained(), limit(60, "no answer about the task that is resumed"):
+        task = Task.get_task(task_id)
     status = str(task.status) if task else "deleted"
     if status in ("completed", "closed", "published", "publishing", "deleted"):
         raise UsageError(f"cannot resume: the task {task_id} is {status}")
@@ -357,17 +359,14 @@ def raised_in_library(error: BaseException) -> bool:
 def survive_broken_pipe() -> None:
     """Where the reader of an output leaves, as `| head -1` does, let the rest of it go nowhere: the run goes on."""
 
-    def surviving(stream: TextIOWrapper, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*text: str) -> Any:
-            try:
-                return call(*text)
-            except BrokenPipeError:
-                with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), stream.fileno())
-
-        return wrapped
+    def survive(stream: TextIOWrapper, call: Callable[..., Any], *text: str) -> Any:
+        try:
+            return call(*text)
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not a notebook's
-            stream.write = surviving(stream, stream.write)  # type: ignore[method-assign]
-            stream.flush = surviving(stream, stream.flush)  # type: ignore[method-assign]
+            stream.write = partial(survive, stream, stream.write)  # type: ignore[method-assign]
+            stream.flush = partial(survive, stream, stream.flush)  # type: ignore[method-assign]

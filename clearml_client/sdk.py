@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,11 @@ from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
-MOST_CHANGES: int = ScriptInfo.max_diff_size_bytes  # of uncommitted changes; more of them are not stored at all
+MAX_DIFF_BYTES: int = ScriptInfo.max_diff_size_bytes  # of uncommitted changes; more of them are not stored at all
+# boto3's arguments, as the SDK makes them of an entry of clearml.conf; way out: a public way to the SDK's own client.
+s3_arguments: Callable[[Any], dict[str, Any]] = _Boto3Driver._get_boto_resource_kwargs_from_config
+# An address after the path substitutions of clearml.conf; way out: a public function.
+canonical: Callable[[str], str] = StorageHelper._canonize_url
 
 
 def setting(key: str, default: Any = None) -> Any:
@@ -46,11 +50,6 @@ def put(key: str, value: Any) -> None:
 def forget_settings() -> None:
     """Let the next `setting` read all files again."""
     config_obj.set_config_impl(None)
-
-
-def limit_session(connect: float, answer: float) -> None:
-    """Set the seconds that a request of a new Session waits; way out: a setting in place of the SDK's own 300."""
-    Session._session_timeout = (connect, answer)
 
 
 def send_request(*arguments: Any, **options: Any) -> Any:
@@ -72,22 +71,17 @@ def send_request(*arguments: Any, **options: Any) -> Any:
 
 
 send_once, Session.send_request = Session.send_request, send_request
+Session._session_timeout = (5, 60)  # seconds for a connection and for an answer, in place of 300; way out: a setting
 
 
 def s3_entry(uri: str) -> tuple[Any, bool]:
     """Return the S3BucketConfig by which the SDK opens this place, and whether it is an entry of clearml.conf's list.
 
-    Way out: a public way to the SDK's own client.
+    Way out: as above.
     """
     configurations = S3BucketConfigurations.from_config(setting("sdk.aws.s3", {}))
     entry = configurations.get_config_by_uri(uri)
     return entry, configurations.get_config_by_bucket(*entry.get_bucket_host()) is not None
-
-
-def s3_arguments(entry: Any) -> dict[str, Any]:
-    """Return boto3's arguments, as the SDK makes them of such an entry; way out: the same."""
-    arguments: dict[str, Any] = _Boto3Driver._get_boto_resource_kwargs_from_config(entry)
-    return arguments
 
 
 def file_servers() -> list[str]:
@@ -121,11 +115,6 @@ def storage_errors() -> Iterator[None]:
             yield
         except Exception as error:
             raise OSError(errno.EIO, said[0] if said else str(error)) from error
-
-
-def canonical(address: str) -> str:
-    """Return the address after the path substitutions of clearml.conf; way out: a public function."""
-    return str(StorageHelper._canonize_url(address))
 
 
 def disarm(task: Any) -> None:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -20,15 +22,16 @@ from clearml import StorageManager
 from clearml_client import sdk, server
 from clearml_client.configuration import FILES, VARIABLES, display_path, in_file, origin, variable
 from clearml_client.errors import DENIED, RunError, call_with_timeout, diagnose, last4, one_line
-from clearml_client.server import PATIENCE
+from clearml_client.server import TIMEOUT
 
 Result = TypeVar("Result")
 GOOD_URI = "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://..., a folder, or nothing"
 ENTRIES = "sdk.aws.s3.credentials"
 PACKAGES = {"s3": ("boto3", "client"), "gs": ("google-cloud-storage", "gcs"), "azure": ("azure-storage-blob", "azure")}
 STEP = 30  # seconds for each step of a check: where a store answers, the SDK may try again, with pauses
-QUICK: dict[str, Any] = {"timeout": PATIENCE, "retry": None}  # for Google's library
+NO_RETRIES: dict[str, Any] = {"timeout": TIMEOUT, "retry": None}  # for Google's library
 CHUNK = 2**20  # bytes
+OPENING = Lock()  # a session of boto3's is for one thread at a time
 LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
 
 
@@ -100,7 +103,7 @@ class Store:
     keys: str = ""  # the ones by which it was opened
     suspicion: RunError | None = None  # what in the configuration may be why it says no
     trouble: str = ""  # why nothing more is asked of it
-    patience: float = 0  # seconds for one step; 0: as long as the client itself waits
+    timeout: float = 0  # seconds for one step; 0: as long as the client itself waits
 
     def _size(self, key: str) -> int:
         size = StorageManager.get_file_size_bytes(f"{self.name}/{key}")
@@ -133,7 +136,7 @@ class Store:
         if self.trouble:
             raise StorageError(self.trouble)
         try:
-            return call_with_timeout(self.patience, "time-out", action) if self.patience else action()
+            return call_with_timeout(self.timeout, "time-out", action) if self.timeout else action()
         except Exception as error:
             status, trouble = http_status(error), diagnose(error)
             if again and trouble.words == "connection closed":  # by the store, while the client kept it
@@ -210,7 +213,7 @@ class Store:
             self.delete(key)
         except BaseException:
             with suppress(Exception):  # it may be there, whatever the answer was
-                call_with_timeout(PATIENCE, "delete", lambda: self._remove(key))
+                call_with_timeout(TIMEOUT, "delete", lambda: self._remove(key))
             raise
 
 
@@ -235,20 +238,20 @@ class S3(Store):
 class GCS(Store):
     def _size(self, key: str) -> int:
         blob = self.bucket.blob(key)
-        blob.reload(**QUICK)
+        blob.reload(**NO_RETRIES)
         return int(blob.size)
 
     def _open(self, key: str) -> Any:
-        return self.bucket.blob(key).open("rb", timeout=2 * PATIENCE, chunk_size=CHUNK)
+        return self.bucket.blob(key).open("rb", timeout=2 * TIMEOUT, chunk_size=CHUNK)
 
     def _keys(self, prefix: str) -> Iterator[str]:
-        return (blob.name for blob in self.bucket.list_blobs(prefix=prefix, **QUICK))
+        return (blob.name for blob in self.bucket.list_blobs(prefix=prefix, **NO_RETRIES))
 
     def _look(self) -> bool:
-        return self.bucket.reload(**QUICK) is None
+        return self.bucket.reload(**NO_RETRIES) is None
 
     def _remove(self, key: str) -> None:
-        self.bucket.blob(key).delete(**QUICK)
+        self.bucket.blob(key).delete(**NO_RETRIES)
 
 
 class FileServer(Store):
@@ -257,7 +260,7 @@ class FileServer(Store):
     def _send(self, method: str, path: str, **options: Any) -> Any:
         options["headers"] = server.session().add_auth_headers({"Accept-Encoding": "identity"})
         for spelling in dict.fromkeys((path, quote(path))):
-            answer = server.http().request(method, f"{self.name}/{spelling}", timeout=2 * PATIENCE, **options)
+            answer = server.http().request(method, f"{self.name}/{spelling}", timeout=2 * TIMEOUT, **options)
             if answer.status_code != 404:
                 break
         server.check_redirect(answer, self.name, origin(FILES))
@@ -339,24 +342,30 @@ def set_by(*names: str) -> str:
     return next((variable(name) for name in names if os.getenv(name)), "default")
 
 
-def open_s3(uri: str) -> S3:
-    """Open a bucket with the arguments that the SDK's own has, but with little patience."""
+@cache
+def boto3_session(profile: str) -> Any:
+    """Make a session once: it takes a tenth of a second of CPU to read what boto3 knows of S3."""
     import boto3
+
+    return boto3.Session(profile_name=profile or None)
+
+
+def open_s3(uri: str) -> S3:
+    """Open a bucket with the arguments that the SDK's own has, but with short time-outs."""
     from botocore.config import Config
 
     entry, suspicion = s3_entry(uri)
     arguments = sdk.s3_arguments(entry)
-    patience = Config(connect_timeout=PATIENCE, read_timeout=2 * PATIENCE, retries={"total_max_attempts": 1})
-    arguments["config"] = arguments["config"].merge(patience)
-    session = boto3.Session(profile_name=entry.profile or None)
+    limits = Config(connect_timeout=TIMEOUT, read_timeout=2 * TIMEOUT, retries={"total_max_attempts": 1})
+    arguments["config"] = arguments["config"].merge(limits)
+    session = boto3_session(entry.profile or "")
     keys = "" if entry.use_credentials_chain or not entry.secret else f"static keys, access key {last4(entry.key)}"
     if entry.use_credentials_chain and (found := session.get_credentials()):
         found.get_frozen_credentials()  # asks for those of a role or SSO: the first request would blame the bucket
         keys = f"boto3 finds {found.method}, access key {last4(found.access_key)}"
     if not keys:
-        reason = suspicion or RunError(
-            "boto3 finds none", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"
-        )
+        cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"
+        reason = suspicion or RunError("boto3 finds none", cure)
         raise StorageError(f"no keys: {reason}", reason.cure, reason.source)
     name = "/".join(uri.split("/")[: 4 if entry.host else 3])
     bucket = session.resource("s3", **arguments).Bucket(name.rpartition("/")[2])
@@ -391,7 +400,8 @@ def open_store(uri: str) -> Store:
         importlib.metadata.version(package)
         if scheme == "azure":
             return Store("/".join(uri.split("/")[:4]))
-        return open_s3(uri) if scheme == "s3" else open_gcs(uri)
+        with OPENING:
+            return open_s3(uri) if scheme == "s3" else open_gcs(uri)
     except importlib.metadata.PackageNotFoundError:
         raise StorageError(f"{package} is not installed", f"uv sync --group {group}") from None
     except RunError:
@@ -408,8 +418,9 @@ def check_access(uri: str) -> str:
     """
     if not uri.startswith("http"):
         check_uri(uri)
+    boto3_session.cache_clear()  # in a notebook, keys may have been corrected
     store = open_store(uri)
-    store.patience = STEP
+    store.timeout = STEP
     uri = f"file://{store.name}" if isinstance(store, Folder) else uri.rstrip("/")
     store.check_place()
     store.check_object(uri)

@@ -15,7 +15,6 @@ from clearml_client import sdk
 
 NAMES = [
     (sdk.config_obj, "set_config_impl"),
-    (sdk.Session, "_session_timeout"),
     (sdk.Session, "get_api_server_host"),
     (sdk.Session, "get_app_server_host"),
     (StorageHelper, "_canonize_url"),
@@ -41,8 +40,9 @@ def test_the_logger_has_the_handler_of_the_console() -> None:
     assert "_task_handler" in Logger.__init__.__code__.co_names
 
 
-def test_the_session_takes_its_retries() -> None:
+def test_the_session_takes_its_retries_and_time_out() -> None:
     assert "http_retries_config" in inspect.signature(sdk.Session.__init__).parameters
+    assert "self._session_timeout" in inspect.getsource(sdk.Session)  # there it is in any case: sdk.py has set it
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing

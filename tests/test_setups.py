@@ -196,7 +196,7 @@ def test_a_server_that_is_away_is_told_of_once(
             raise error
 
     monkeypatch.setattr(server, "ping_once", ping_once)
-    monkeypatch.setattr(server, "PATIENCE", 0)
+    monkeypatch.setattr(server, "TIMEOUT", 0)
     server.ping(patience=60)
     assert capsys.readouterr().out == "waiting for the ClearML server to come back\nthe ClearML server is back\n"
 
