@@ -285,7 +285,7 @@ class LostReports(logging.Filter):
 
 def check_resumable(task_id: str) -> None:
     """Raise UsageError for a task that must not be touched again, or cannot be."""
-    with explained(), limit(60, "no answer about the task that is resumed"):
+    with explained(), limit(60, f"the task {task_id}"):
         task = Task.get_task(task_id)
     status = str(task.status) if task else "deleted"
     if status in ("completed", "closed", "published", "publishing", "deleted"):
