@@ -5,12 +5,13 @@
         assert store.keys() == ["runs/..."]
 
 Nothing here goes through the ClearML SDK: what a test reads back, it reads with a client of its own.
-The port stays the same for the life of the object, so `stop()` and `start()` are an outage.
+The port of a store that has begun stays the same, so `stop()` and `start()` are an outage.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import socket
 import subprocess
@@ -37,10 +38,15 @@ BIN = Path(sys.executable).parent
 CHECKSUM = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 
 
+LIMIT = 60  # seconds for one answer, on however busy a machine
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, below those that a system hands out by itself: nobody gets it before it is used."""
+    while True:
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port := random.randint(10_000, 30_000)))
+            return port
 
 
 @dataclass
@@ -55,10 +61,14 @@ class Store:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.choose_ports()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._has_begun = False
+
+    def choose_ports(self) -> None:
         self.port = free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.endpoint = f"{'https' if self.tls else 'http'}://{self.host}"
-        self._process: subprocess.Popen[bytes] | None = None
 
     def uri(self, path: str = "") -> str:
         """The target as the user writes it."""
@@ -72,7 +82,7 @@ class Store:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Makes the bucket if it is missing; raises as long as the store is not ready."""
+        """Make the bucket if it is missing. Raise as long as the store is not ready."""
         raise NotImplementedError
 
     def keys(self) -> list[str]:
@@ -82,23 +92,26 @@ class Store:
         raise NotImplementedError
 
     def start(self) -> Self:
+        """Start the program; at the first time with other ports, if it cannot use these."""
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
-        with (self.folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(self.command(), stdout=log, **options)
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                self.prepare()
-                return self
-            except Exception as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    self.stop()
-                    tail = (self.folder / "log.txt").read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"{type(self).__name__} did not start: {error}\n{tail}") from error
+        for _ in range(5):
+            with (self.folder / "log.txt").open("ab") as log:
+                self._process = subprocess.Popen(self.command(), stdout=log, **options)
+            deadline = time.monotonic() + 300
+            while self._process.poll() is None and time.monotonic() < deadline:
+                with suppress(Exception):  # it is not ready
+                    self.prepare()
+                    self._has_begun = True
+                    return self
                 time.sleep(0.1)
+            self.stop()
+            if not self._has_begun:
+                self.choose_ports()
+        tail = (self.folder / "log.txt").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{type(self).__name__} did not start:\n{tail}")
 
     def stop(self) -> None:
-        """Ends the store at once, as a power cut would. Its data stay."""
+        """End the store at once, as a power cut would. Its data stay."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -116,7 +129,7 @@ class S3Store(Store):
 
     def client(self) -> S3Client:
         """A client of the tests' own. Close it, as `with closing(store.client()) as s3:` does."""
-        limits: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 10, "retries": {"total_max_attempts": 1}}
+        limits: dict[str, Any] = {"connect_timeout": LIMIT, "read_timeout": LIMIT, "retries": {"total_max_attempts": 1}}
         config = Config(request_checksum_calculation="when_required", **limits)  # see CHECKSUM
         session = boto3.Session(self.access_key, self.secret_key, region_name="us-east-1")
         return session.client("s3", endpoint_url=self.endpoint, verify=str(self.ca) if self.ca else None, config=config)
@@ -177,19 +190,18 @@ class SeaweedFS(S3Store):
 
     READER = ("AKIATESTREADER8765", "may-read-only/0123456789-may-read-only")  # writing is "access denied"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def choose_ports(self) -> None:
+        super().choose_ports()
         names = ("master", "volume", "filer", "admin")
         self.ports = {f"{name}.port": free_port() for name in names}
         self.ports |= {f"{name}.port.grpc": free_port() for name in (*names, "s3")}
 
     def command(self) -> list[str]:
+        known = {"writer": (self.access_key, self.secret_key), "reader": self.READER}
+        rights = {"writer": ["Admin", "Read", "Write", "List"], "reader": ["Read", "List"]}
         identities = [
-            {"name": name, "actions": actions, "credentials": [{"accessKey": key, "secretKey": secret}]}
-            for name, actions, (key, secret) in (
-                ("writer", ["Admin", "Read", "Write", "List"], (self.access_key, self.secret_key)),
-                ("reader", ["Read", "List"], self.READER),
-            )
+            {"name": name, "actions": rights[name], "credentials": [{"accessKey": key, "secretKey": secret}]}
+            for name, (key, secret) in known.items()
         ]
         config, data = self.folder / "identities.json", self.folder / "data"
         config.write_text(json.dumps({"identities": identities}))
@@ -233,16 +245,16 @@ class FakeGCS(Store):
 
     def prepare(self) -> None:
         with closing(self.client()) as gcs:
-            if not gcs.bucket(self.bucket).exists(timeout=5, retry=None):
-                gcs.create_bucket(self.bucket, timeout=5, retry=None)
+            if not gcs.bucket(self.bucket).exists(timeout=LIMIT, retry=None):
+                gcs.create_bucket(self.bucket, timeout=LIMIT, retry=None)
 
     def keys(self) -> list[str]:
         with closing(self.client()) as gcs:
-            return sorted(blob.name for blob in gcs.list_blobs(self.bucket, timeout=10))
+            return sorted(blob.name for blob in gcs.list_blobs(self.bucket, timeout=LIMIT))
 
     def get(self, key: str) -> bytes:
         with closing(self.client()) as gcs:
-            return bytes(gcs.bucket(self.bucket).blob(key).download_as_bytes(timeout=10))
+            return bytes(gcs.bucket(self.bucket).blob(key).download_as_bytes(timeout=LIMIT))
 
 
 class Plug:

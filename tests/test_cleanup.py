@@ -28,7 +28,6 @@ from clearml_client import cleanup
 CLEANUP = ("-m", "clearml_client.cleanup", "--project-name")
 HOOKED = ("tests/programs/hook.py", "--project-name")
 GONE: tuple[list[str], ...] = ([], [], [])
-STORES = ("s3", "gcs", "folder", "files")
 
 
 class Lab:
@@ -42,6 +41,12 @@ class Lab:
         self.machine = Machine(folder / "home", gcs.environment())
         self.machine.home.mkdir()
         self.machine.configure(server.configuration(), s3.clearml_conf())
+
+    @property
+    def roots(self) -> dict[str, str]:
+        """The address of each store."""
+        files = {"folder": f"file://{self.folder}", "files": self.server.files_url}
+        return {"s3": self.s3.uri(), "gcs": self.gcs.uri(), **files}
 
     def run(self, *arguments: object, code: int = 0) -> Run:
         done = self.machine.run(*HOOKED, self.project, *arguments)
@@ -65,14 +70,15 @@ class Lab:
         assert (run.end(), "Traceback" in run.everything) == (code, False), run.everything
         return run.stdout
 
-    def archive(self, task: str, days: float = 40) -> None:
-        changed = datetime.now(UTC) - timedelta(days=days)
-        self.server.tasks[task] |= {"status_changed": changed.isoformat(), "system_tags": ["archived"]}
+    def archive(self, *tasks: str, days: float = 40) -> None:
+        changed = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+        for task in tasks:
+            self.server.tasks[task] |= {"status_changed": changed, "system_tags": ["archived"]}
 
     def task(self, name: str, status: str = "completed", days: float = 40, archived: bool = True, **more: Any) -> str:
         task: str = self.server.tasks_create(name, "training", project=self.project_id, **more)["id"]
-        self.archive(task, days)
-        self.server.tasks[task] |= {"status": status, "system_tags": ["archived"] if archived else []}
+        self.archive(task, days=days)
+        self.server.tasks[task] |= {"status": status} | ({} if archived else {"system_tags": []})
         return task
 
     def model(self, task: str, address: str) -> str:
@@ -85,16 +91,13 @@ class Lab:
         artifacts = self.server.tasks[task]["execution"]["artifacts"]
         artifacts.append({"key": f"artifact {len(artifacts)}", "mode": mode, "uri": address})
 
-    def event(self, kind: str, task: str, iteration: int = 0, **more: str) -> None:
-        event = {"type": kind, "task": task, "iter": iteration, "metric": "a metric", "variant": "a variant", **more}
-        self.server.events[task][uuid4().hex] = event
+    def image(self, task: str, address: str, iteration: int = 0, **more: str) -> None:
+        event = {"type": "training_debug_image", "task": task, "iter": iteration, "metric": "m", "variant": "v"}
+        self.server.events[task][uuid4().hex] = {**event, "url": address, **more}
 
-    def image(self, task: str, address: str, iteration: int = 0) -> None:
-        self.event("training_debug_image", task, iteration, url=address)
-
-    def plot(self, task: str, *addresses: str) -> None:
+    def plot(self, task: str, *addresses: str, text: str = "") -> None:
         images = [{"source": address} for address in addresses]
-        self.event("plot", task, plot_str=json.dumps({"data": [], "layout": {"images": images}}))
+        self.image(task, "", type="plot", plot_str=text or json.dumps({"data": [], "layout": {"images": images}}))
 
     def full_task(self, name: str, store: str = "s3", **more: Any) -> str:
         """A task with one of each kind in a store."""
@@ -112,15 +115,14 @@ class Lab:
         if store == "s3":
             with closing(self.s3.client()) as s3:
                 s3.put_object(Bucket=self.s3.bucket, Key=key, Body=data)
-            return self.s3.uri(key)
-        if store == "gcs":
+        elif store == "gcs":
             with closing(self.gcs.client()) as gcs:
                 gcs.bucket(self.gcs.bucket).blob(key).upload_from_string(data, timeout=60)
-            return self.gcs.uri(key)
-        file = (self.server.files_folder if store == "files" else self.folder) / key
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-        return f"{self.server.files_url}/{key}" if store == "files" else f"file://{file}"
+        else:
+            file = (self.server.files_folder if store == "files" else self.folder) / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        return f"{self.roots[store]}/{key}"
 
     def objects(self) -> list[str]:
         """Every object of this project, in every store."""
@@ -163,9 +165,8 @@ def test_without_delete_it_lists_everything_and_deletes_nothing(lab: Lab) -> Non
 
 def test_deletes_from_every_kind_of_store(lab: Lab, tmp_path: Path) -> None:
     """What is recorded, and what is not in the tasks' own folders; nothing in other folders, or behind a link."""
-    mixed, stays = lab.task("mixed"), [lab.put("mixed/model.bin", store) for store in STORES]
-    roots = (lab.s3.uri(), lab.gcs.uri(), f"file://{lab.folder}", lab.server.files_url)
-    for store, root in zip(STORES, roots, strict=True):
+    mixed, stays = lab.task("mixed"), [lab.put("mixed/model.bin", store) for store in lab.roots]
+    for store, root in lab.roots.items():
         address = lab.put(f"mixed.{mixed}/models/model.bin", store)
         lab.model(mixed, address)
         lab.model(mixed, address.replace("model.bin", "never.bin"))
@@ -211,14 +212,11 @@ def test_names_with_special_characters_as_the_sdk_writes_them(lab: Lab) -> None:
     assert made.returncode == 0, made.stderr
     (project,) = [project for project in lab.server.projects.values() if project["name"] == lab.project]
     lab.project_id = project["id"]
-    for task in lab.tasks():
-        lab.archive(task)
+    lab.archive(*lab.tasks())
     for task in lab.tasks()[2::2]:
         lab.server.events[task].clear()
-        lab.server.tasks[task]["execution"]["artifacts"].clear()
-        lab.server.tasks[task]["models"]["output"].clear()
+        lab.server.tasks[task] |= {"execution": {"artifacts": []}, "models": {"input": [], "output": []}}
         lab.server.models = {id_: model for id_, model in lab.server.models.items() if model["task"] != task}
-
     assert len(lab.objects()) == 7 * 5
     said = lab.delete("--folder", lab.folder)
     assert len(re.findall("^deleted .*: 5 unrecorded objects, [^,]*$", said, re.MULTILINE)) == 3
@@ -252,7 +250,7 @@ def test_every_image_goes_and_every_image_of_a_plot(lab: Lab) -> None:
     for iteration in range(1100):
         lab.image(task, addresses[iteration if iteration < 120 else 0], iteration)
     lab.plot(task, *addresses[120:], "data:image/png;base64,AAAA")
-    lab.server.events[task]["odd"] = {**lab.server.events[task].popitem()[1], "plot_str": "{no json", "iter": 1}
+    lab.plot(task, text="{no json")
     lab.plot(task, *addresses[120:])
     assert "130 images" in lab.delete()
     assert lab.left() == GONE
@@ -289,11 +287,9 @@ def test_all_that_is_old_and_archived_goes_or_has_a_reason(lab: Lab, tmp_path: P
     reasons[lab.task("in Azure", output_dest="azure://account/box")] = "azure:// is no storage that this command knows"
     nowhere = f"s3://{lab.s3.host}/nonesuch"
     failures[lab.task("no record yet", output_dest=nowhere)] = "no such bucket"
-    for address, why in {
-        nowhere: "no such bucket",
-        "s3://127.0.0.1:1/models": "no keys",
-        "https://x": "server",
-    }.items():
+    (unmounted := lab.folder.with_name("mount")).mkdir()  # the point where it is mounted is there, and empty
+    empty, unknown = (f"file://{unmounted}", "is it mounted?"), ("s3://127.0.0.1:1/models", "no keys")
+    for address, why in ((nowhere, "no such bucket"), unknown, ("https://x", "server"), empty):
         for path in ("x.{}/model.bin", "{}.bin"):
             task = lab.task(f"{address}/{path}")
             lab.model(task, f"{address}/{path}".format(task))
@@ -302,7 +298,7 @@ def test_all_that_is_old_and_archived_goes_or_has_a_reason(lab: Lab, tmp_path: P
     lab.server.tasks[kept[1]]["project"] = lab.server.projects_create(f"{lab.project}/below")["id"]
     goes = lab.full_task("eight days", days=8)
     lab.server.tasks[goes]["name"] = 'with token: "a-wrong-secret"'
-    arguments = ("--folder", lab.folder, "--older-than", "7")
+    arguments = ("--folder", lab.folder, "--folder", unmounted, "--older-than", "7")
     before, found = lab.objects(), json.loads(lab.delete(*arguments, "--json", code=1))["tasks"]
     assert (tmp_path / "precious.bin").exists()
     assert {*lab.server.tasks} >= {*kept, user, child, *reasons, *failures}
@@ -395,18 +391,6 @@ def test_kill_9_at_any_step_leaves_nothing_that_the_next_run_does_not_find(lab: 
     assert not [*lab.folder.rglob("victim*")]
 
 
-def test_a_task_stays_whose_folder_is_not_mounted(lab: Lab) -> None:
-    """Then the point where it is mounted is there, and empty."""
-    lab.full_task("first", "folder")
-    away = lab.folder.rename(lab.folder.with_name("unmounted"))
-    lab.folder.mkdir()
-    assert "is empty: is it mounted?" in lab.delete("--folder", lab.folder, code=1)
-    lab.folder.rmdir()
-    away.rename(lab.folder)
-    lab.delete("--folder", lab.folder)
-    assert lab.left() == GONE
-
-
 def test_a_task_that_changes_after_it_was_listed_stays(lab: Lab) -> None:
     changed = [lab.full_task("published"), lab.full_task("no longer archived")]
     lab.full_task("the newest, which goes first")
@@ -448,34 +432,32 @@ def test_what_dies_in_the_middle_is_no_loss_and_the_next_run_goes_on(lab: Lab) -
 
 # --- use ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("full", [True, False], ids=["a disk that is full", "a reader that has left"])
-def test_an_output_that_takes_nothing_costs_the_doctor_nothing_and_ends_the_clean_up(lab: Lab, full: bool) -> None:
-    """In one line, or silence. The doctor's exit code is that of what it found."""
+def test_an_output_that_takes_nothing_ends_the_clean_up_in_a_line_or_silence(lab: Lab, full: bool) -> None:
+    """The doctor's exit code is that of what it found."""
     lab.task("first")
-    storage = ("--only", "storage", "--output-uri", "/no/such/folder")
     reader, writer = os.pipe()
     os.close(reader)
-    with open("/dev/full", "w") as disk:
-        output = disk.fileno() if full else writer
-        run = lab.machine.start(*CLEANUP, lab.project, stdout=output)
-        doctor = lab.machine.start("-m", "clearml_client.doctor", *storage, stdout=output)
-    os.close(writer)
+    with open("/dev/full" if full else writer, "w") as output:
+        run = lab.machine.start(*CLEANUP, lab.project, stdout=output.fileno())
+        broken = ("--only", "storage", "--output-uri", "/no/such/folder")
+        doctor = lab.machine.start("-m", "clearml_client.doctor", *broken, stdout=output.fileno())
     assert (run.end(), doctor.end(), doctor.stderr) == (1, 1, "")
     assert re.fullmatch(r"clearml_client\.cleanup: error: .*No space left on device.*\n" if full else "", run.stderr)
 
 
-def test_wrong_use_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("--delete", "--yes"), ("--older-than -1", "not between"), ("--older-than nan", "not between")]
+    + [(f"--folder {folder}", "no folder") for folder in ("/does/not/exist", "/")],
+)
+def test_wrong_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
-    for arguments, words in {
-        "--project-name x --delete": "--yes",
-        "--project-name x --older-than -1": "not between",
-        "--project-name x --older-than nan": "not between",
-        "--project-name x --folder /does/not/exist": "no folder",
-        "--project-name x --folder /": "no folder",
-    }.items():
-        monkeypatch.setattr(sys, "argv", ["cleanup", *arguments.split()])
-        with pytest.raises(SystemExit, match="2"):
-            cleanup.parse_args()
-        assert words in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["cleanup", "--project-name", "x", *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        cleanup.parse_args()
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_task_or_a_project_or_a_server_it_says_so(lab: Lab) -> None:
