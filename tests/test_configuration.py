@@ -24,19 +24,27 @@ PROCESS = "error when retrieving credentials from custom-process: "
 SECRET = ClearMLServer.secret_key
 GOOD = f'api {{ api_server: "http://127.0.0.1:1", credentials {{ access_key: "ÄÖÜ", secret_key: "{SECRET}" }} }}\n'
 BRACKET = f'sdk.aws.s3.credentials: [ {{ host: "store:9000", secret: "{SECRET}" }}\n{GOOD}'
-BROKEN: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
-    "a bracket forgotten": (BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
-    "a byte order mark": (GOOD.encode("utf-8-sig"), "byte order mark"),
-    "Latin-1": (GOOD.encode("latin-1"), "is no text in UTF-8"),
-    "a variable that is set nowhere": (f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "a bracket, or is ${NO_SUCH} set nowhere?"),
-    "an included file that is missing": (f'include "other.conf"\n{GOOD}'.encode(), "other.conf. File does not exist"),
-    "a folder": (Path.mkdir, "is no file, but a folder"),
-    "a pipe": (os.mkfifo, "is no file, but a folder, a pipe"),  # as of <(command): a look would empty it, or wait
+CONF, ENV = "clearml.conf", ".env"
+BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
+    "a bracket forgotten": (CONF, BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
+    "a byte order mark": (CONF, GOOD.encode("utf-8-sig"), "byte order mark"),
+    "Latin-1": (CONF, GOOD.encode("latin-1"), "is no text in UTF-8"),
+    "a variable that is set nowhere": (CONF, f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "is ${NO_SUCH} set nowhere?"),
+    "an included file that is missing": (
+        CONF,
+        f'include "other.conf"\n{GOOD}'.encode(),
+        "other.conf. File does not",
+    ),
+    "a folder": (CONF, Path.mkdir, "is no file, but a folder"),
+    "a pipe": (CONF, os.mkfifo, "is no file, but a folder, a pipe"),  # as of <(command): a look would empty it, or wait
     # As the HOME of another user, in a container that runs by number:
-    "a file that cannot be read": (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic"),
-    "empty": (b"", "says nothing"),
-    "only comments": (b"# nothing yet\n\n  // as before\n", "says nothing"),
-    "a number": (b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
+    "what cannot be read": (CONF, lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic"),
+    "empty": (CONF, b"", "says nothing"),
+    "only comments": (CONF, b"# nothing yet\n\n  // as before\n", "says nothing"),
+    "a number": (CONF, b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
+    "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
+    "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
+    "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }
 
 
@@ -53,15 +61,13 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it(
+def test_a_file_that_cannot_be_used_is_named_and_offline_nobody_needs_it(
     here: Machine, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    content, words = BROKEN[kind]
-    path = here.home / "clearml.conf"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        content(path)
+    name, content, words = BROKEN[kind]
+    path = here.home / name
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    clearml_client.prepare_environment()
     with pytest.raises(RunError) as refusal:
         configuration.check()
     said = refusal.value.message()
@@ -70,7 +76,7 @@ def test_a_clearml_conf_that_cannot_be_used_is_named_and_offline_nobody_needs_it
     sdk.forget_settings()
     configuration.check(offline=True)
     printed, errors = capsys.readouterr()
-    assert f"ClearML: without clearml.conf, because {path}" in printed
+    assert re.match(f"ClearML: (without clearml.conf, because )?{path}", printed)
     assert SECRET not in said + printed + errors
 
 
@@ -82,31 +88,14 @@ def test_a_warning_that_became_an_error_is_named(here: Machine) -> None:
         configuration.check()
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
-        ("CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
-        ("CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
-    ],
-)
-def test_an_env_file_that_is_not_understood_is_named(here: Machine, content: bytes, words: str) -> None:
-    (here.home / ".env").write_bytes(content)
-    clearml_client.prepare_environment()
-    with pytest.raises(RunError, match=f"^{here.home}/.env.*{words}"):
-        configuration.check()
-
-
 def test_a_run_ends_with_that_line_and_offline_it_goes_without(machine: Machine, tmp_path: Path) -> None:
     """Without .env, and without a clearml.conf that is broken, too."""
     script, file = copy_script(tmp_path), tmp_path / ".env"
     file.write_text("CLEARML_OUTPUT_URI: /no/such/folder\n")
     machine.configure(BRACKET)
-    refused = machine.run(script, "--dry-run")
-    (line,) = refused.stderr.splitlines()
-    assert (refused.returncode, f"error: {file}, line 1: not understood" in line) == (1, True), line
-    done = machine.run(script, "--dry-run", "--offline")
-    assert done.returncode == 0, done.stderr
+    refused, done = machine.run(script, "--dry-run"), machine.run(script, "--dry-run", "--offline")
+    assert (refused.returncode, done.returncode) == (1, 0)
+    assert f"error: {file}, line 1: not understood" in refused.line
     assert f"ClearML: {file}, line 1: not understood" in done.stdout
     assert f"ClearML: without clearml.conf, because {machine.home}/clearml.conf" in done.stdout
 
@@ -126,53 +115,42 @@ BY_TOKEN = {"CLEARML_API_HOST": "http://h:1", "CLEARML_AUTH_TOKEN": "a token"}
 
 
 @pytest.mark.parametrize(
-    ("variables", "host", "credentials"),
-    [
-        (OLD, "TRAINS_API_HOST", "TRAINS_API_ACCESS_KEY, .*; TRAINS_API_SECRET_KEY, "),
-        (BY_TOKEN, "CLEARML_API_HOST", "CLEARML_AUTH_TOKEN, "),
-    ],
+    ("variables", "credentials"),
+    [(OLD, "TRAINS_API_ACCESS_KEY, .*; TRAINS_API_SECRET_KEY, "), (BY_TOKEN, "CLEARML_AUTH_TOKEN, ")],
 )
 def test_the_variable_that_the_sdk_uses_is_used_and_named(
-    here: Machine, variables: dict[str, str], host: str, credentials: str
+    here: Machine, variables: dict[str, str], credentials: str
 ) -> None:
     os.environ |= variables
     assert configuration.why_offline() == ""
     assert configuration.setting(configuration.HOST) == "http://h:1"
+    host = next(name for name in variables if name.endswith("HOST"))
     assert configuration.origin(configuration.HOST).startswith(f"{host}, ")
     assert re.match(credentials, configuration.credentials_origin())
-
-
-def test_half_a_server_is_no_reason_to_be_offline(here: Machine) -> None:
-    os.environ["CLEARML_AUTH_TOKEN"] = "a token"
+    os.environ[host] = ""
     with pytest.raises(RunError, match=r"half a ClearML configuration, api.api_server .* missing"):
         configuration.why_offline()
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (f"Invalid header value b'{TOKEN}\\n'", "Invalid header value b'***'"),
-        ("a-token%2Fthat%2Bnobody%20may%20see", "***"),
-        ("key AKIA0123456789ABCD", "key ...ABCD"),
-        ('near secret_key: "unknown-to-us", {', 'near secret_key: "***", {'),
-        ("http://me:p@ss@host/a@b", "http://***@host/a@b"),
-        (
-            '{"id": 1, "key": "-----BEGIN PRIVATE KEY-----\\nMII/9+\\n-----END PRIVATE KEY-----\\n"}',
-            '{"id": 1, "key": "***\\n"}',
-        ),
-        ("got -----BEGIN RSA PRIVATE KEY-----\nMII", "got ***"),  # cut off
-        (f"{PROCESS}access denied for t0ken\nbye", f"{PROCESS}***"),
-        (
-            "said 'wrong', user=wrong&x /home/wrong.conf wrongly not-wrong",
-            "said '***', user=***&x /home/wrong.conf wrongly not-wrong",
-        ),
-    ],
-)
+BLOCK = '{{"id": 1, "key": "{}\\n"}}'.format
+SHOWN = {
+    f"Invalid header value b'{TOKEN}\\n'": "Invalid header value b'***'",
+    "a-token%2Fthat%2Bnobody%20may%20see": "***",
+    "key AKIA0123456789ABCD": "key ...ABCD",
+    'near secret_key: "unknown-to-us", {': 'near secret_key: "***", {',
+    "http://me:p@ss@host/a@b": "http://***@host/a@b",
+    BLOCK("-----BEGIN PRIVATE KEY-----\\nMII/9+\\n-----END PRIVATE KEY-----"): BLOCK("***"),
+    "got -----BEGIN RSA PRIVATE KEY-----\nMII": "got ***",  # cut off
+    f"{PROCESS}access denied for t0ken\nbye": f"{PROCESS}***",
+    "'wrong', user=wrong&x /home/wrong.conf wrongly not-wrong": "'***', user=***&x /home/wrong.conf wrongly not-wrong",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), SHOWN.items())
 def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
     """A word, which is a weak secret, only where it stands alone."""
     variables = {"AWS_SESSION_TOKEN": f"{TOKEN}\n", "CLEARML_API_ACCESS_KEY": "AKIA0123456789ABCD"}
-    for name, value in {**variables, "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", os.environ | variables | {"AWS_SECRET_ACCESS_KEY": "wrong"})
     assert errors.redact(text) == shown
     assert errors.redact(f"{shown}; the cure") == f"{shown}; the cure"
 

@@ -14,12 +14,12 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import botocore.exceptions
 import certifi
@@ -28,7 +28,8 @@ import trustme
 import werkzeug
 from clearml_server import ClearMLServer
 from conftest import FEW, ROOT, Begin, Machine, mnist
-from stores import Plug, Rclone, free_port
+from stores import Rclone, free_port
+from werkzeug.utils import redirect
 
 import clearml_client
 from clearml_client import arguments, errors, server
@@ -41,26 +42,17 @@ SERVER, STORAGE = ((*DOCTOR, "--only", area) for area in ("server", "storage"))
 
 
 # --- certificates, proxies, addresses ---------------------------------------------------------------------------------
-class BehindProxy(ClearMLServer):
-    """The proxy refuses a GET with a body."""
+class Unusual(ClearMLServer):
+    """Before it is a proxy that refuses a GET with a body; /moved has another address now, and /page wants a login."""
 
     def answer_api(self, request: werkzeug.Request) -> werkzeug.Response:
-        is_refused = request.method == "GET" and request.data
-        return werkzeug.Response(status=411) if is_refused else super().answer_api(request)
-
-
-class Moved(BaseHTTPRequestHandler):
-    """Its API has another address now; below /page it wants a login."""
-
-    target = ""
-
-    def do_GET(self) -> None:
-        self.send_response(404 if self.path == "/login" else 302)
-        self.send_header("Location", "/login" if self.path.startswith("/page") else f"{self.target}{self.path}")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+        if request.path.startswith("/moved"):
+            return redirect(self.api_url + request.path.removeprefix("/moved"))
+        if request.path.startswith("/page"):
+            return redirect("/login")
+        if request.path == "/login" or (request.method == "GET" and request.data):
+            return werkzeug.Response(status=404 if request.path == "/login" else 411)
+        return super().answer_api(request)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +63,12 @@ def places(
 
     $secure is over https, with a certificate of an authority that nobody knows.
     """
-    secure = ClearMLServer(tmp_path_factory.mktemp("secure"))
-    no_get = BehindProxy(tmp_path_factory.mktemp("no-get"))
+    secure, unusual = ClearMLServer(tmp_path_factory.mktemp("secure")), Unusual(tmp_path_factory.mktemp("unusual"))
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(secure.files_folder / "ca.pem")
+    authority.cert_pem.write_to_path(ca := secure.files_folder / "ca.pem")
     secure.start(context)
-    no_get.start()
-    moved = HTTPServer(("127.0.0.1", 0), Moved)
-    Moved.target = stand_in.api_url
-    threading.Thread(target=moved.serve_forever, daemon=True).start()
-
+    unusual.start()
     server, api, store = stand_in.configuration(), stand_in.api_url, rclone.host.replace("127.0.0.1", "store.invalid")
     yield {
         "server": server,
@@ -89,21 +76,18 @@ def places(
         "files": stand_in.files_url,
         "unknown": server.replace("127.0.0.1", "clearml.invalid"),
         "by_proxy": server.replace(api, api.replace("127.0.0.1", "clearml.invalid")),
-        "plug": Plug(int(api.rpartition(":")[2])).host,
         "nobody": f"127.0.0.1:{free_port()}",
         "secure": secure.configuration().replace("http:", "https:"),
-        "ca": str(secure.files_folder / "ca.pem"),
-        "no_get": no_get.configuration(),
-        "moved": f"http://127.0.0.1:{moved.server_address[1]}",
+        "ca": str(ca),
+        "unusual": unusual.configuration(),
+        "other": unusual.api_url,
         "token": stand_in.token,
         "store": rclone.clearml_conf(host=store),
         "uri": f"s3://{store}/models",
     }
-    moved.shutdown()
-    moved.server_close()
-    for other in (secure, no_get):
-        other.stop()
-        assert not other.unknown
+    for each in (secure, unusual):
+        each.stop()
+        assert not each.unknown
 
 
 class Case(NamedTuple):
@@ -115,7 +99,7 @@ class Case(NamedTuple):
 
 BUNDLE = {"REQUESTS_CA_BUNDLE": certifi.where()}
 BY_VARIABLE = {"CLEARML_API_HOST_VERIFY_CERT": '"false"', "CURL_CA_BUNDLE": certifi.where()}
-PLUG = {"HTTP_PROXY": "http://$plug", "NO_PROXY": "127.0.0.1"}
+PROXY = {"HTTP_PROXY": "$api", "NO_PROXY": "127.0.0.1"}  # which answers for any name
 LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid goes without".format
 NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
 KEYS = {"CLEARML_API_ACCESS_KEY": ClearMLServer.access_key, "CLEARML_API_SECRET_KEY": ClearMLServer.secret_key}
@@ -131,13 +115,11 @@ RIGHT = [
     Case(SERVER, "$secure", BY_VARIABLE, "All is well"),
     Case(SCRIPT, '$secure api.verify_certificate: "~/ca.pem"', BUNDLE, "Stored: https:"),
     Case(SERVER, "$secure", {"REQUESTS_CA_BUNDLE": "$ca"}, "All is well"),
-    Case(SERVER, "$by_proxy", PLUG, "ok +server: API .*clearml.invalid.*through the proxy http://127.0.0.1"),
-    Case(SCRIPT, "$no_get", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
+    Case(SERVER, "$by_proxy", PROXY, "ok +server: API .*clearml.invalid.*through the proxy http://127.0.0.1"),
+    Case(SCRIPT, "$unusual", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
     Case(SCRIPT, "sdk {}", TOKEN, "Stored: http:"),
     Case(SCRIPT, "$server", {"CLEARML_OFFLINE_MODE": "0"}, "Stored: http:"),
-    Case(
-        FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "warning .*secrets .*stands alone: AWS_SECRET_ACCESS_KEY"
-    ),
+    Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "warning .*secrets .*stands alone: AWS_SECRET_ACCESS"),
     Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, "All is well"),
 ]
 WRONG = [
@@ -145,22 +127,21 @@ WRONG = [
     Case(SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, "certificate file missing"),
     Case(CLEANUP, "$unknown", NOBODY, f"{LOST('clearml')}((?!--offline).)*$"),  # it has no such option
     Case(TO_STORE, "$server $store", NOBODY, LOST("store")),
-    *(Case(each, "$no_get", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
+    *(Case(each, "$unusual", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
     *(Case(each, "sdk {}", KEYS | HOSTS, NO_WEB) for each in (SCRIPT, SERVER)),
-    Case(SCRIPT, '$server api.api_server: "$moved"', {}, r"(http://\S+) redirects to (http://\S+): write \2 \[api.api"),
-    Case(SCRIPT, "$server", {"CLEARML_API_HOST": "$moved/page"}, "something else .HTTP 404. answers there"),
     Case(
-        SCRIPT, "$server", {"CLEARML_API_HOST": "http://me:p@ss-word@$nobody"}, "take user and password out of api.ap"
+        SCRIPT,
+        '$server api.api_server: "$other/moved"',
+        {},
+        r"(http://\S+) redirects to (http://\S+): write \2 \[api",
     ),
+    Case(SCRIPT, "$server", {"CLEARML_API_HOST": "$other/page"}, "something else .HTTP 404. answers there"),
+    Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://me:p@ss-word@$nobody"}, "take user and password out of api"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://127.0.0.1:99999"}, "no valid address; write http://host:port"),
     Case(SCRIPT, f"$server {TARGET}", {}, ORIGIN),
     Case(SCRIPT, "$server", {"CLEARML_FILES_HOST": "undefined"}, r"is 'undefined': no.*\[CLEARML_FILES_HOST, environ"),
-    Case(
-        SCRIPT, "$server", {"CLEARML_FILES_HOST": "http://$nobody"}, r"no storage at http:.*\[CLEARML_FILES_HOST, env"
-    ),
-    Case(
-        (*STORAGE, "--output-uri", "/ü/ü"), "", {"PYTHONIOENCODING": "ascii"}, r"/\\xfc/\\xfc is no folder whose parent"
-    ),
+    Case(SCRIPT, "$server", {"CLEARML_FILES_HOST": "http://$nobody"}, r"no storage at http:.*\[CLEARML_FILES_HOST, en"),
+    Case((*STORAGE, "--output-uri", "/ü/ü"), "", {"PYTHONIOENCODING": "ascii"}, r"/\\xfc/\\xfc is no folder whose par"),
 ]
 
 
@@ -189,13 +170,7 @@ def test_what_is_unusual_works_and_what_is_wrong_is_named_in_one_line(
 def test_a_server_that_is_away_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers: Any = iter([[RunError("away")], [RunError("away")], []])
-
-    def ping_once() -> None:
-        for error in next(answers):
-            raise error
-
-    monkeypatch.setattr(server, "ping_once", ping_once)
+    monkeypatch.setattr(server, "ping_once", Mock(side_effect=[RunError("away"), RunError("away"), None]))
     monkeypatch.setattr(server, "TIMEOUT", 0)
     server.ping(patience=60)
     assert capsys.readouterr().out == "waiting for the ClearML server to come back\nthe ClearML server is back\n"
@@ -203,25 +178,19 @@ def test_a_server_that_is_away_is_told_of_once(
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 READ_ONLY = "mount -t tmpfs -o ro,size=1M tmpfs"
+NO_PLACE = [
+    (f"{READ_ONLY} /tmp; {READ_ONLY} /var/tmp; cd /proc", "no folder for temporary files: No usable .*; set TMPDIR to"),
+    (f"{READ_ONLY} /dev/shm", "no semaphore can be made: Read-only file system; free space in /dev/shm, or"),
+]
 
 
 @pytest.mark.skipif(not shutil.which("unshare") or os.geteuid() != 0, reason="needs root, to mount")
-@pytest.mark.parametrize(
-    ("mounts", "words"),
-    [
-        (
-            f"{READ_ONLY} /tmp; {READ_ONLY} /var/tmp; cd /proc",
-            "no folder for temporary files: No usable .*; set TMPDIR to",
-        ),
-        (f"{READ_ONLY} /dev/shm", "no semaphore can be made: Read-only file system; free space in /dev/shm, or"),
-    ],
-)
+@pytest.mark.parametrize(("mounts", "words"), NO_PLACE)
 def test_a_machine_without_a_place_for_temporary_files(machine: Machine, mounts: str, words: str) -> None:
     """Of which `import clearml` makes a traceback."""
-    command = f"{mounts}; exec {shlex.join([sys.executable, str(ROOT / 'pytorch_mnist.py'), '--offline'])}"
-    environment = {name: value for name, value in machine.environment.items() if name != "TMPDIR"}
-    unshared = ["unshare", "--mount", "sh", "-c", command]
-    done = subprocess.run(unshared, cwd=machine.home, env=environment, capture_output=True, text=True)
+    script = shlex.join([sys.executable, str(ROOT / "pytorch_mnist.py"), "--offline"])
+    unshared = ["unshare", "--mount", "env", "--unset=TMPDIR", "sh", "-c", f"{mounts}; exec {script}"]
+    done = subprocess.run(unshared, cwd=machine.home, env=machine.environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert re.match(f"pytorch_mnist.py: error: {words}", done.stderr), done.stderr
 
@@ -261,10 +230,9 @@ def test_the_command_to_go_on_starts_from_anywhere(begin: Begin, machine: Machin
     stopped.process.terminate()
     stopped.end()
     words = shlex.split(stopped.line.partition("to go on: ")[2])
-    script = words.index(f"{ROOT}/pytorch_mnist.py")
-    resumed = machine.start(*words[script:], cwd=tmp_path)
+    resumed = machine.start(*words[words.index(f"{ROOT}/pytorch_mnist.py") :], cwd=tmp_path)
     resumed.wait_for("resumed after epoch ")
-    resumed.process.kill()
+    resumed.kill()
     resumed.end()
 
 
@@ -306,53 +274,52 @@ def aws(code: str, message: str = "", status: int = 400) -> Exception:
     return botocore.exceptions.ClientError(answer, "PutObject")
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (aws("ExpiredToken", "The provided token has expired."), "expired key"),
-        (aws("InvalidToken", "The provided token is malformed or otherwise invalid."), "session token not accepted"),
-        (aws("AuthorizationHeaderMalformed", "the region 'x' is wrong; expecting 'eu-west-1'"), "wrong region"),
-        (aws("NotImplemented", "A header you provided implies functionality", 501), "checksum not understood"),
-        (aws("InvalidArgument", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"), "checksum not understood"),
-        (aws("SlowDown", "Please reduce your request rate.", 503), "too many requests"),
-        (aws("QuotaExceeded", "No.", 403), "quota"),
-        (aws("InternalError", "Try again.", 500), "store's own error, perhaps its disk or quota"),  # SeaweedFS: a quota
-        (aws("RequestTimeTooSkewed", "No.", 403), "clock skew"),
-        (ValueError("Invalid header value b'AWS4 Credential=AK\\n/2026'"), "a line break or blank in a key"),
-        (ValueError("Invalid endpoint: http://my_store:9000"), "no valid host name"),
-        (aws("SecondLevelDomainForbidden", "Use virtual hosting."), "the store wants virtual-host addresses"),
-        (botocore.exceptions.InvalidRegionError(region_name="eu west"), "wrong region"),
-        (TimeoutError("127.0.0.1:42999, 127.0.0.1:40300 and 127.0.0.1:50112: timed out"), "time-out"),  # no statuses
-    ],
-)
+SAID = [
+    (aws("ExpiredToken", "The provided token has expired."), "expired key"),
+    (aws("InvalidToken", "The provided token is malformed or otherwise invalid."), "session token not accepted"),
+    (aws("AuthorizationHeaderMalformed", "the region 'x' is wrong; expecting 'eu-west-1'"), "wrong region"),
+    (aws("NotImplemented", "A header you provided implies functionality", 501), "checksum not understood"),
+    (aws("InvalidArgument", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"), "checksum not understood"),
+    (aws("SlowDown", "Please reduce your request rate.", 503), "too many requests"),
+    (aws("QuotaExceeded", "No.", 403), "quota"),
+    (aws("InternalError", "Try again.", 500), "store's own error, perhaps its disk or quota"),  # SeaweedFS: a quota
+    (aws("RequestTimeTooSkewed", "No.", 403), "clock skew"),
+    (ValueError("Invalid header value b'AWS4 Credential=AK\\n/2026'"), "a line break or blank in a key"),
+    (ValueError("Invalid endpoint: http://my_store:9000"), "no valid host name"),
+    (aws("SecondLevelDomainForbidden", "Use virtual hosting."), "the store wants virtual-host addresses"),
+    (botocore.exceptions.InvalidRegionError(region_name="eu west"), "wrong region"),
+    (TimeoutError("127.0.0.1:42999, 127.0.0.1:40300 and 127.0.0.1:50112: timed out"), "time-out"),  # no statuses
+]
+
+
+@pytest.mark.parametrize(("error", "words"), SAID)
 def test_what_a_store_says_is_understood(error: Exception, words: str) -> None:
     assert errors.diagnose(error).words == words
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("limit", "count"), [("max 100000\n", 0), ("150000 100000\n", 2), (None, 0)])
-def test_the_cpus_that_a_container_allows(tmp_path: Path, limit: str | None, count: int) -> None:
-    if limit:
-        (tmp_path / "cpu.max").write_text(limit)
-    assert clearml_client.cpu_quota(tmp_path / "cpu.max") == count
+SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.parametrize(
-    ("given", "quota", "added"),
+    ("given", "limit", "added"),
     [
-        ({}, 0, {"GOMP_SPINCOUNT"}),
-        ({"GOMP_SPINCOUNT": "7"}, 1, {"OMP_NUM_THREADS"}),
-        ({}, 1000, {"GOMP_SPINCOUNT"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}, 1, set()),
+        ({}, None, SPIN),
+        ({}, "max 100000", SPIN),
+        ({}, "150000 100000", {**SPIN, "OMP_NUM_THREADS": "2"}),  # one and a half
+        ({}, "9900000 100000", SPIN),
+        ({"GOMP_SPINCOUNT": "7"}, "100000 100000", {"OMP_NUM_THREADS": "1"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}, "100000 100000", {}),
     ],
 )
-def test_threads_are_set_unless_the_user_has(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], quota: int, added: set[str]
+def test_a_container_has_a_thread_for_each_cpu_that_it_may_use_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str], limit: str | None, added: dict[str, str]
 ) -> None:
+    quota = partial(clearml_client.cpu_quota, tmp_path / "cpu.max")
+    if limit:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
     monkeypatch.setattr(os, "environ", {"PYTHON_DOTENV_DISABLED": "1", **given})
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(clearml_client, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(clearml_client, "cpu_quota", quota)
     clearml_client.prepare_environment()
-    threads = {name: value for name, value in os.environ.items() if "OMP_" in name}
-    assert given.items() <= threads.items()
-    assert threads.keys() - given.keys() == added
+    assert {name: value for name, value in os.environ.items() if "OMP_" in name} == given | added
