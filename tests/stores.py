@@ -239,9 +239,8 @@ class FakeGCS(Store):
     def client(self) -> Any:
         """A client of the tests' own. Close it, as `with closing(store.client()) as gcs:` does."""
         nobody = import_module("google.auth.credentials").AnonymousCredentials()
-        return import_module("google.cloud.storage").Client(
-            project="test", credentials=nobody, client_options={"api_endpoint": self.endpoint}
-        )
+        options = {"api_endpoint": self.endpoint}
+        return import_module("google.cloud.storage").Client("test", credentials=nobody, client_options=options)
 
     def prepare(self) -> None:
         with closing(self.client()) as gcs:

@@ -332,10 +332,10 @@ def test_keys_that_may_not_list_or_delete(lab: Lab, denied: str) -> None:
 
 def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: Lab) -> None:
     """A model and its user go together; a data set, an input artifact and another web site's image are not its own."""
-    task, user = lab.full_task("maker"), lab.full_task("user")
+    task, user, long_ago = lab.full_task("maker"), lab.full_task("user"), "2026-01-01T00:00:00.000000+00:00"
     model = lab.model_of(task)
     lab.server.tasks[user]["models"]["input"] = [{"name": "in", "model": model}]
-    lab.server.tasks[task] |= {"created": "2026-01-01T00:00:00.000000+00:00"}
+    lab.server.tasks[task]["created"] = long_ago
     lab.server.tasks[task]["models"]["input"] = [{"name": "checkpoint", "model": model}]  # it went on from its own
     data = lab.put("data/set.zip")
     lab.artifact(task, data)
@@ -363,7 +363,10 @@ def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: La
     assert lab.tasks() == [linked, alive]
     assert {re.sub(".*/", "", key) for key in lab.objects()} == {"set.zip", "model.bin", "0.bin", "1.bin", "data.bin"}
     lab.archive(alive)
+    lab.server.tasks[alive]["created"] = long_ago
     lab.model(lab.task("another"), shared)
+    lab.delete()
+    assert lab.tasks() == [linked], "newer than what linked to it, it came first, and goes with the next run"
     lab.delete()
     assert lab.left() == ([], [], [f"{lab.project}/data/set.zip"])
 

@@ -106,6 +106,7 @@ KEYS = {"CLEARML_API_ACCESS_KEY": ClearMLServer.access_key, "CLEARML_API_SECRET_
 HOSTS = {"CLEARML_API_HOST": "$api", "CLEARML_FILES_HOST": "$files"}
 TOKEN = {**HOSTS, "CLEARML_WEB_HOST": "$files", "CLEARML_AUTH_TOKEN": "$token"}
 NO_WEB = r"no address of the web UI.*set api.web_server \(CLEARML_WEB_HOST\)"
+MOVED = r"(http://\S+) redirects to (http://\S+): write \2 \[api.api_server, ~/clearml.conf\]"
 TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
 ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
 TO_STORE = (*SCRIPT, "--output-uri", "$uri")
@@ -129,12 +130,7 @@ WRONG = [
     Case(TO_STORE, "$server $store", NOBODY, LOST("store")),
     *(Case(each, "$unusual", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
     *(Case(each, "sdk {}", KEYS | HOSTS, NO_WEB) for each in (SCRIPT, SERVER)),
-    Case(
-        SCRIPT,
-        '$server api.api_server: "$other/moved"',
-        {},
-        r"(http://\S+) redirects to (http://\S+): write \2 \[api",
-    ),
+    Case(SCRIPT, '$server api.api_server: "$other/moved"', {}, MOVED),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "$other/page"}, "something else .HTTP 404. answers there"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://me:p@ss-word@$nobody"}, "take user and password out of api"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://127.0.0.1:99999"}, "no valid address; write http://host:port"),
