@@ -74,22 +74,13 @@ class Store:
         """The target as the user writes it."""
         return f"s3://{self.host}/{self.bucket}/{path}".rstrip("/")
 
-    def environment(self) -> dict[str, str]:
-        """The variables with which the target needs no clearml.conf."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what each kind of store has
 
-    def command(self) -> list[str]:
-        raise NotImplementedError
-
-    def prepare(self) -> None:
-        """Make the bucket if it is missing. Raise as long as the store is not ready."""
-        raise NotImplementedError
-
-    def keys(self) -> list[str]:
-        raise NotImplementedError
-
-    def get(self, key: str) -> bytes:
-        raise NotImplementedError
+        def environment(self) -> dict[str, str]: ...  # the variables with which the target needs no clearml.conf
+        def command(self) -> list[str]: ...
+        def prepare(self) -> None: ...  # makes the bucket if it is missing; raises as long as the store is not ready
+        def keys(self) -> list[str]: ...
+        def get(self, key: str) -> bytes: ...
 
     def start(self) -> Self:
         """Start the program; at the first time with other ports, if it cannot use these."""
