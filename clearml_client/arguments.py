@@ -1,6 +1,7 @@
 """Types for argparse. What they refuse ends with exit code 2, before anything exists."""
 
 import argparse
+import os
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -40,5 +41,6 @@ def storage_uri(text: str) -> str:
     try:
         check_uri(text)
     except RunError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        source = "CLEARML_OUTPUT_URI: " * (text == os.getenv("CLEARML_OUTPUT_URI"))
+        raise argparse.ArgumentTypeError(f"{source}{error}") from None
     return text

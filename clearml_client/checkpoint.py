@@ -96,9 +96,10 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
 
 
 def load(parser: argparse.ArgumentParser, resume: str, folder: Path) -> Progress:
-    """Load the checkpoint `resume`, or the newest one below the folder."""
+    """Load the checkpoint `resume`, the one in that folder, or the newest one below `folder`."""
     newest = max(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default="")
     path = Path(resume or newest)
+    path = path / "checkpoint.pt" if resume and path.is_dir() else path
     if not path.name:
         parser.error(f"argument --resume: no checkpoint below {folder}")
     model = path.with_name("model.pt")

@@ -43,7 +43,17 @@ import clearml_client
 clearml_client.prepare_environment()  # before the SDK, which reads variables while it is imported
 
 from clearml_client import configuration, sdk, server
-from clearml_client.errors import DENIED, RunError, UsageError, diagnose, escape_unencodable, one_line, plural, redact
+from clearml_client.errors import (
+    DENIED,
+    RunError,
+    UsageError,
+    command,
+    diagnose,
+    escape_unencodable,
+    one_line,
+    plural,
+    redact,
+)
 from clearml_client.storage import Folder, StorageError, Store, open_store
 
 Doc = dict[str, Any]
@@ -382,7 +392,9 @@ def main() -> int:
             project = Project(found[0]["id"], found[0]["name"], since, args.folder)
             tasks = list_tasks(project, args.older_than)
         except RunError as error:
-            hint = "" if isinstance(error, UsageError) else "; find the cause: uv run -m clearml_client.doctor"
+            hint = (
+                "" if isinstance(error, UsageError) else f"; find the cause: {command('-m', 'clearml_client.doctor')}"
+            )
             print(f"{NAME}: error: {one_line(error.message(), 1000)}{hint}", file=sys.stderr)
             return error.code
         if tasks and args.delete and (args.yes or input("Delete them for good? [yes/no] ").strip().lower() == "yes"):

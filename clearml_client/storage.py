@@ -403,7 +403,9 @@ def open_store(uri: str) -> Store:
         with OPENING:
             return open_s3(uri) if scheme == "s3" else open_gcs(uri)
     except importlib.metadata.PackageNotFoundError:
-        raise StorageError(f"{package} is not installed", f"uv sync --group {group}") from None
+        raise StorageError(
+            f"{package} is not installed", f"uv sync --group {group}, or pip install --group {group}"
+        ) from None
     except RunError:
         raise
     except Exception as error:

@@ -56,7 +56,7 @@ sys.path[0] = {str(ROOT)!r}
 import clearml_client
 clearml_client.prepare_environment()
 from clearml_client import server, storage
-server.PATIENCE = storage.PATIENCE = 1  # seconds, as it waits for everything: by itself it would take half a minute
+server.TIMEOUT = storage.TIMEOUT = 1  # seconds, as it waits for everything: by itself it would take half a minute
 runpy.run_module("clearml_client.doctor", run_name="__main__")
 """
 
@@ -235,7 +235,11 @@ TARGETS = [
     ("s3://AKIATESTSTORE4321:not-a-secret@127.0.0.1:9000/bucket", "target", "credentials do not belong into the URI"),
     (__file__, "target", "is no folder"),
     ("undefined", "target", "no folder undefined here"),
-    ("azure://account.blob.core.windows.net/container/path", "access", "is not installed; uv sync --group azure"),
+    (
+        "azure://account.blob.core.windows.net/container/path",
+        "access",
+        "uv sync --group azure, or pip",
+    ),
 ]
 
 

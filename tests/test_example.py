@@ -117,6 +117,13 @@ def test_wrong_arguments_are_named(
     assert "SECRET" not in line
 
 
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CLEARML_OUTPUT_URI", "127.0.0.1:9000/bucket")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        asked(monkeypatch)
+    assert "--output-uri: CLEARML_OUTPUT_URI: " in capsys.readouterr().err
+
+
 def test_the_data_is_as_published() -> None:
     readme = (ROOT / "data/README.md").read_text()
     for name, md5 in datasets.MNIST.resources:

@@ -303,7 +303,7 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, tmp_path: Path, when:
         assert not store.keys()
 
         bench.connect(store)  # mended: the store at its own port
-        again = bench.begin("--resume", f"outputs/{run.task}/checkpoint.pt", "--output-uri", store.uri())
+        again = bench.begin("--resume", f"outputs/{run.task}", "--output-uri", store.uri())
         assert again.end() == 0, again.everything
         assert bench.server.tasks[run.task]["status"] == "completed"
         assert "epoch 1/" not in again.stdout
