@@ -20,6 +20,7 @@ import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -118,12 +119,18 @@ class Store:
 class S3Store(Store):
     ca: Path | None = None  # the authority that signed the store's certificate
 
+    @cached_property
+    def session(self) -> boto3.Session:
+        """One for all clients: each one reads the service's description, which takes twelve times a client's time."""
+        return boto3.Session(self.access_key, self.secret_key, region_name="us-east-1")
+
     def client(self) -> S3Client:
         """A client of the tests' own. Close it, as `with closing(store.client()) as s3:` does."""
         limits: dict[str, Any] = {"connect_timeout": LIMIT, "read_timeout": LIMIT, "retries": {"total_max_attempts": 1}}
         config = Config(request_checksum_calculation="when_required", **limits)  # see CHECKSUM
-        session = boto3.Session(self.access_key, self.secret_key, region_name="us-east-1")
-        return session.client("s3", endpoint_url=self.endpoint, verify=str(self.ca) if self.ca else None, config=config)
+        return self.session.client(
+            "s3", endpoint_url=self.endpoint, verify=str(self.ca) if self.ca else None, config=config
+        )
 
     def prepare(self) -> None:
         if self.bucket not in self.buckets():
