@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from functools import partial, partialmethod, reduce
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jwt
 import werkzeug
@@ -217,6 +217,15 @@ class ClearMLServer:
         self._running.clear()
         received = (self.requests, self.tasks, self.models, self.events)
         (self.files_folder.parent / "received.txt").write_text(repr(received))  # for the search for secrets
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Fail the test that asked what the stand-in does not know."""
+        self.stop()
+        assert not self.unknown
 
     def configuration(self) -> str:
         """The text of a clearml.conf for this server."""

@@ -343,24 +343,13 @@ def no_secret_went_anywhere(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert not leaks
 
 
-class LiveServer:
-    """The server in the user's own clearml.conf, for `pytest --live`."""
-
-    def configuration(self) -> str:
-        return Path("~/clearml.conf").expanduser().read_text()
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--live", action="store_true", help="use the server in ~/clearml.conf, not the stand-in")
     parser.addoption("--fresh", action="store_true", help="start each run from nothing, not in a fork")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One for every 200 lines of tests that are asked for: each imports torch, which costs seconds."""
-    asked = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
-    files = [file for path in asked for file in (path.rglob("test_*.py") if path.is_dir() else [path])]
-    lines = sum(len(file.read_text().splitlines()) for file in files if file.is_file())
-    return min(4, lines // 200)  # more than cores: a run waits, too
+    """More than cores, since a run waits, too. None for a few files: each worker imports torch, which takes seconds."""
+    return 3 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -381,35 +370,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("waits") is None)
 
 
-@pytest.fixture(scope="session")
-def live(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--live"))
-
-
 @pytest.fixture(scope="module")
-def stand_in(live: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClearMLServer]:
-    """For tests that look into the server itself. It fails a test that made a call which it does not know."""
-    if live:
-        pytest.skip("looks into the stand-in server")
-    server = ClearMLServer(tmp_path_factory.mktemp("clearml-server"))
-    server.start()
-    yield server
-    server.stop()
-    assert server.unknown == []
-
-
-@pytest.fixture(scope="module")
-def server(live: bool, request: pytest.FixtureRequest) -> ClearMLServer | LiveServer:
-    return LiveServer() if live else request.getfixturevalue("stand_in")
-
-
-@pytest.fixture(scope="module")
-def project(server: ClearMLServer | LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a project for this module's tasks; on a live server it is removed with all that is in it."""
-    name = f"clearml-client-example-tests-{uuid4().hex[:8]}"
-    yield name
-    if isinstance(server, LiveServer):
-        machine = Machine(tmp_path_factory.mktemp("removal"))
-        machine.configure(server.configuration())
-        run = machine.run("tests/programs/remove_project.py", name)
-        assert run.returncode == 0, run.stderr
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClearMLServer]:
+    with ClearMLServer(tmp_path_factory.mktemp("clearml-server")) as server:
+        yield server

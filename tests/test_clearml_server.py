@@ -40,12 +40,8 @@ Exchange = dict[str, Any]
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ClearMLServer]:
-    """A running stand-in; the test fails if it was asked anything that it does not know."""
-    server = ClearMLServer(tmp_path / "server")
-    server.start()
-    yield server
-    server.stop()
-    assert not server.unknown
+    with ClearMLServer(tmp_path / "server") as running:
+        yield running
 
 
 def send(server: ClearMLServer, path: str, body: str, method: str = "GET", **options: Any) -> tuple[int, Any]:

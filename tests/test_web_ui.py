@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clearml_server import ClearMLServer
-from conftest import ROOT, LiveServer, Machine, Run, mnist
+from conftest import ROOT, Machine, Run, mnist
 from PIL import Image
 from reading import EPOCH, evaluate
 from torch import nn
@@ -49,17 +49,17 @@ class Shown:
 
 @pytest.mark.parametrize("kind", ["online", "imported"])
 def test_the_web_ui_shows_what_ran_and_a_clone_trains_as_it_was_changed(
-    kind: str, machine: Machine, server: ClearMLServer | LiveServer, project: str, tmp_path: Path
+    kind: str, machine: Machine, online: ClearMLServer, tmp_path: Path
 ) -> None:
-    machine.configure(server.configuration())
+    project = f"project {kind}"
     options = ["--project-name", project, "--task-name", kind, "--tags", "red", "blue", "--data-dir", mnist(1500, 1000)]
     options += ["--epochs", 2, "--batch-size", 64, "--log-interval", 10]
-    asked = isinstance(server, ClearMLServer) and [*server.requests]
+    asked = [*online.requests]
     run = machine.train(*options, *(["--offline", "--output-uri", tmp_path] if kind == "imported" else []))
     assert run.returncode == 0, run.stderr
     printed = run.stdout
     if kind == "imported":
-        assert asked == (isinstance(server, ClearMLServer) and server.requests), "an offline run asks no server"
+        assert asked == online.requests, "an offline run asks no server"
         printed = imported(machine, run.stdout)
     task_id = re.search(r"/tasks/(\w+)/", printed)
     assert task_id
