@@ -15,9 +15,7 @@ import pytorch_mnist
 
 SPEED = ("images per second", "train")  # the one curve that no two runs share
 
-EPOCH = re.compile(
-    r"^epoch (\d+)/(\d+)  train loss ([\d.]+)  test loss ([\d.]+)  test accuracy ([\d.]+)%", re.MULTILINE
-)
+EPOCH = re.compile(r"(?m)^epoch (\d+)/(\d+)  train loss ([\d.]+)  test loss ([\d.]+)  test accuracy ([\d.]+)%")
 
 
 def evaluate(model: Path, count: int = 10_000) -> float:

@@ -28,14 +28,8 @@ UNREAD = {
     *("fields", "metric_stats", "unique_metrics", "report_assets", "test_split", "plot_len", "@timestamp"),
     *("last_metrics", "basename", "featured", "path", "parent", "errors_info"),
 }
-# How what the recording does not show being made had been made, where that is not seen later.
-PRIOR: dict[str, dict[str, Any]] = {
-    "tasks": {"name": "earlier task", "type": "training"},
-    "models": {"name": "earlier model", "uri": "", "ready": False},
-    "projects": {"name": "earlier project"},
-    "queues": {"name": "earlier queue"},
-}
-Exchange = dict[str, Any]
+# What the calls that made the earlier things need beyond a name.
+PRIOR: dict[str, dict[str, Any]] = {"tasks": {"type": "training"}, "models": {"uri": "", "ready": False}}
 
 
 @pytest.fixture
@@ -58,7 +52,7 @@ def put_what_was_there(server: ClearMLServer) -> None:
             server.events[doc["task"]][line] = doc
         else:
             docs = getattr(server, kind)
-            made = getattr(server, f"{kind}_create")(**PRIOR[kind])["id"]
+            made = getattr(server, f"{kind}_create")(name="earlier", **PRIOR.get(kind, {}))["id"]
             docs[doc["id"]] = docs.pop(made) | doc
 
 

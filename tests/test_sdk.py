@@ -31,16 +31,9 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name"), NAMES, ids=[name for _, name in NAMES])
-def test_a_private_name_is_still_there(owner: object, name: str) -> None:
-    assert hasattr(owner, name)
-
-
-def test_the_logger_has_the_handler_of_the_console() -> None:
-    assert "_task_handler" in Logger.__init__.__code__.co_names
-
-
-def test_the_session_takes_its_retries_and_time_out() -> None:
+def test_every_private_name_is_still_there() -> None:
+    assert [name for owner, name in NAMES if not hasattr(owner, name)] == []
+    assert "_task_handler" in Logger.__init__.__code__.co_names  # the handler of the console
     assert "http_retries_config" in inspect.signature(sdk.Session.__init__).parameters
     assert "self._session_timeout" in inspect.getsource(sdk.Session)  # there it is in any case: sdk.py has set it
 

@@ -26,21 +26,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
-HEAVY = (
-    *(
-        "torch._dynamo",
-        "torchvision.datasets",
-        "numpy",
-        "PIL.ImageFont",
-        "PIL.PngImagePlugin",
-        "tqdm",
-        "dotenv",
-        "boto3",
-    ),
-    *("requests", "yaml", "jwt", "furl", "pathlib2", "pyparsing", "jsonschema", "doctest"),
-    *("google.cloud.storage", "google.protobuf.json_format", "logging.config", "logging.handlers"),
-    *("multiprocessing.dummy", "multiprocessing.queues", "multiprocessing.synchronize"),
-)
+HEAVY = """
+torch._dynamo torchvision.datasets numpy PIL.ImageFont PIL.PngImagePlugin tqdm dotenv boto3 requests yaml jwt furl
+pathlib2 pyparsing jsonschema doctest google.cloud.storage google.protobuf.json_format logging.config logging.handlers
+multiprocessing.dummy multiprocessing.queues multiprocessing.synchronize
+"""
 # Read when torch is imported: a run with other values of these cannot be forked.
 EARLY = ("OMP_", "GOMP_", "MKL_", "KMP_", "PYTHONPATH", "PYTHONHASHSEED", "CUDA_", "LD_", "TORCH_")
 
@@ -167,7 +157,7 @@ def execute(arguments: list[str]) -> int:
 if __name__ == "__main__":
     listener = socket.socket(fileno=int(sys.argv[1]))
     select.select([listener], [], [])  # there are tests that start nothing
-    for module in HEAVY:
+    for module in HEAVY.split():
         importlib.import_module(module)
     faulthandler.register(signal.SIGUSR2)  # what a test asks for when it gives a run up
     gc.collect()
