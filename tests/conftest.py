@@ -237,6 +237,15 @@ class Run:
         return found[1]
 
 
+def wait_until(something: Callable[[], object], run: Run | None = None) -> None:
+    """As long as the run goes on, where one is given."""
+    deadline = time.monotonic() + HANGS
+    while not something():
+        assert run is None or run.process.poll() is None, run.everything
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 Begin = Callable[..., Run]
 AnyStore = TypeVar("AnyStore", bound=Store)
 

@@ -3,11 +3,10 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import HANGS, ROOT, Machine
+from conftest import ROOT, Machine, wait_until
 from keeper import marked
 
 # A training, a store, and an agent whose child has left its session.
@@ -21,13 +20,6 @@ def test_that_takes_long(begin, rclone):
     Path(__file__).with_name("all are running").touch()
     time.sleep(1000)
 """
-
-
-def wait_until(something: Callable[[], object]) -> None:
-    deadline = time.monotonic() + HANGS
-    while not something():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_killed_pytest_leaves_no_process(machine: Machine) -> None:

@@ -11,14 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from clearml_server import ClearMLServer, Doc
-from conftest import ROOT, Machine, Run, blocks, mnist
+from conftest import ROOT, Machine, Run, blocks, mnist, wait_until
 from reading import stored_curves
 from stores import Rclone
 
@@ -134,7 +133,7 @@ def test_an_agent_trains_what_was_queued(
     keys = keys.replace("ACCESS-KEY", rclone.access_key).replace("SECRET-KEY", rclone.secret_key)
     keys = keys.replace("https://storage.example.com:9000", rclone.endpoint)  # no CLEARML_OUTPUT_URI
     daemon = start_agent("daemon", "--queue", "default", "--foreground", configuration=keys)
-    wait_for(lambda: completed["status"] in ("completed", "failed"), daemon)
+    wait_until(lambda: completed["status"] in ("completed", "failed"), daemon)
     assert [task["status"] for task in (failed, completed)] == ["failed", "completed"], console(online, other)
     assert "argument --device: no device 'cuda:7' on this machine" in console(online, failed["id"])
     assert "exit code 2" in failed["status_reason"]
@@ -157,9 +156,9 @@ def test_a_task_that_is_aborted_is_stopped_and_begins_anew_when_it_is_queued_aga
     queued = queue(machine, checkout, "--epochs", 10_000)
     daemon = start_agent("daemon", "--queue", "default", "--foreground", poll=30)
     task = online.tasks[queued]
-    wait_for(lambda: stored_curves(online, queued).get(("accuracy", "test")), daemon)
+    wait_until(lambda: stored_curves(online, queued).get(("accuracy", "test")), daemon)
     online.tasks_stop(task=queued)  # Abort in the web UI
-    wait_for(lambda: task["status"] != "in_progress", daemon)
+    wait_until(lambda: task["status"] != "in_progress", daemon)
     assert task["status"] == "stopped", console(online, queued)
     (line,) = [line for line in console(online, queued).splitlines() if line.startswith("pytorch_mnist.py: ")]
     assert line == "pytorch_mnist.py: aborted in the web UI"  # and no file of the agent's
@@ -177,12 +176,6 @@ def test_a_task_that_is_aborted_is_stopped_and_begins_anew_when_it_is_queued_aga
 
 def console(server: ClearMLServer, task: str) -> str:
     return "".join(event["msg"] for event in server.events[task].values() if event["type"] == "log")
-
-
-def wait_for(something: Callable[[], object], run: Run | None = None) -> None:
-    while not something():
-        assert run is None or run.process.poll() is None, run.everything
-        time.sleep(0.1)
 
 
 # --- what is refused here, before anything exists ---------------------------------------------------------------------
