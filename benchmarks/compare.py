@@ -2,7 +2,7 @@
 """Compare the example with well-known recipes, on this machine, and print the ratios.
 
     uv run benchmarks/compare.py --quick    # a first look, under 3 minutes
-    uv run benchmarks/compare.py            # for the record, a quarter of an hour on 2 CPU cores; nothing else should run
+    uv run benchmarks/compare.py            # for the record, 15 minutes on 2 CPU cores; nothing else should run
 
 Each run is a process of its own, as a user starts it, and reports to a ClearML server on loopback (the tests'
 stand-in), its model going to an S3 store there (rclone). The full form writes results.json and accuracy.svg.
