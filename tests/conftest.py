@@ -257,8 +257,8 @@ def copy_script(folder: Path) -> Path:
 
 
 def blocks(chapter: str, language: str = "python") -> list[str]:
-    """The fenced blocks of a chapter of docs/beyond-one-machine.md."""
-    chapters = (ROOT / "docs/beyond-one-machine.md").read_text().split("\n## ")
+    """The fenced blocks of a chapter of the pages."""
+    chapters = [text for page in ROOT.glob("docs/*.md") for text in page.read_text().split("\n## ")]
     (text,) = [text for text in chapters if text.startswith(chapter)]
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 

@@ -115,7 +115,7 @@ def test_what_pages_say_is_what_the_programs_say() -> None:
         assert all(part in code for part in said.split("…")), said
     script = (ROOT / "pytorch_mnist.py").read_text()
     for said in ("lr", "momentum"):
-        assert f"`Args/{said}`" in PAGES["docs/beyond-one-machine.md"]
+        assert f"`Args/{said}`" in PAGES["docs/queue.md"]
         assert f'"--{said}"' in script
     assert 'report_scalar("accuracy", "test", accuracy' in script
 
