@@ -81,6 +81,8 @@ def check_dotenv(_: Setup) -> Found:
     file = clearml_client.DOTENV
     if clearml_client.dotenv_problem:
         raise RunError(clearml_client.dotenv_problem, "correct it", display_path(file))
+    if not file.exists():
+        return f"no {display_path(file)}", ""
     values = {name: value for name, value in dotenv.dotenv_values(file, encoding="utf-8-sig").items() if value}
     outside = clearml_client.OUTSIDE
     if beaten := ", ".join(name for name, value in values.items() if outside.get(name, value) != value):
