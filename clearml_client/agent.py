@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from contextlib import suppress
 from functools import partial
@@ -59,7 +60,7 @@ def own_modules() -> list[ModuleType]:
     """List the modules that are neither Python's nor of an installed package."""
     # A relative name is no file: torch.ops calls itself `_ops.py`.
     modules = [module for module in [*sys.modules.values()] if str(getattr(module, "__file__", "")).startswith("/")]
-    installed = (sys.prefix, sys.base_prefix)
+    installed = (f"{sys.prefix}/", f"{sysconfig.get_path('stdlib')}/")  # not base_prefix: a checkout may be below /usr
     return [module for module in modules if not str(module.__file__).startswith(installed)]
 
 

@@ -392,9 +392,8 @@ def main() -> int:
             project = Project(found[0]["id"], found[0]["name"], since, args.folder)
             tasks = list_tasks(project, args.older_than)
         except RunError as error:
-            hint = (
-                "" if isinstance(error, UsageError) else f"; find the cause: {command('-m', 'clearml_client.doctor')}"
-            )
+            find = f"; find the cause: {command('-m', 'clearml_client.doctor')}"
+            hint = "" if isinstance(error, UsageError) else find
             print(f"{NAME}: error: {one_line(error.message(), 1000)}{hint}", file=sys.stderr)
             return error.code
         if tasks and args.delete and (args.yes or input("Delete them for good? [yes/no] ").strip().lower() == "yes"):

@@ -29,7 +29,9 @@ from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
-MAX_DIFF_BYTES: int = ScriptInfo.max_diff_size_bytes  # of uncommitted changes; more of them are not stored at all
+MAX_DIFF_BYTES: int = (
+    ScriptInfo.max_diff_size_bytes
+)  # of uncommitted changes; more of them go to the storage, as an artifact
 # boto3's arguments, as the SDK makes them of an entry of clearml.conf; way out: a public way to the SDK's own client.
 s3_arguments: Callable[[Any], dict[str, Any]] = _Boto3Driver._get_boto_resource_kwargs_from_config
 # An address after the path substitutions of clearml.conf; way out: a public function.
@@ -56,7 +58,7 @@ def send_request(*arguments: Any, **options: Any) -> Any:
     """Send a call as the SDK does, but for two answers of a server that was restarted, or that has revoked the keys.
 
     Of a token that is void the SDK gets a new one, but sends the call again with the old one: send it once more. Where
-    there is no new token it prints a traceback and tries again, for ever: answer as it would. Way out: the same.
+    there is no new token it prints a traceback and tries again, for ever: give the server's answer. Way out: the same.
     """
     try:
         answer = send_once(*arguments, **options)

@@ -403,9 +403,8 @@ def open_store(uri: str) -> Store:
         with OPENING:
             return open_s3(uri) if scheme == "s3" else open_gcs(uri)
     except importlib.metadata.PackageNotFoundError:
-        raise StorageError(
-            f"{package} is not installed", f"uv sync --group {group}, or pip install --group {group}"
-        ) from None
+        cure = f"uv sync --group {group}, or pip install --group {group}"
+        raise StorageError(f"{package} is not installed", cure) from None
     except RunError:
         raise
     except Exception as error:
