@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from urllib.parse import quote
 
+from clearml_client.configuration import variable
 from clearml_client.errors import RunError
 from clearml_client.storage import check_uri
 
@@ -41,6 +42,7 @@ def storage_uri(text: str) -> str:
     try:
         check_uri(text)
     except RunError as error:
-        source = "CLEARML_OUTPUT_URI: " * (text == os.getenv("CLEARML_OUTPUT_URI"))
+        name = "CLEARML_OUTPUT_URI"
+        source = f"{variable(name)}: " * (text == os.getenv(name))
         raise argparse.ArgumentTypeError(f"{source}{error}") from None
     return text

@@ -75,7 +75,7 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     """Parse the arguments and, with --resume, load the checkpoint, whose arguments are the defaults.
 
     `--resume` without a path takes the newest checkpoint below --output-dir. Exit as argparse does, with code 2, for
-    whatever is wrong; with code 1 where the file is no checkpoint.
+    whatever is wrong; with code 1 where the file cannot be used.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--resume", nargs="?", const="")
@@ -95,23 +95,30 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     return args, progress
 
 
-def load(parser: argparse.ArgumentParser, resume: str, folder: Path) -> Progress:
-    """Load the checkpoint `resume`, the one in that folder, or the newest one below `folder`."""
-    newest = max(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, default="")
-    path = Path(resume or newest)
-    path = path / "checkpoint.pt" if resume and path.is_dir() else path
-    if not path.name:
-        parser.error(f"argument --resume: no checkpoint below {folder}")
-    model = path.with_name("model.pt")
-    if not path.exists() and model.exists():
-        parser.error(f"argument --resume: this run is finished, and its checkpoint was removed; its model: {model}")
+def newest(folder: Path, name: str) -> Path | None:
+    """Find the newest file of this name, in this folder or in one of those in it."""
+    found = [*folder.glob(name), *folder.glob(f"*/{name}")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Progress:
+    """Load the checkpoint `resume`, or the newest one of that folder; where nothing is named, of `output_dir`."""
+    given = Path(resume) if resume else output_dir
+    path = given if given.is_file() else newest(given, "checkpoint.pt")
+    if not path:
+        model = given.with_name("model.pt") if given.suffix else newest(given, "model.pt")
+        kept = f"; a complete run keeps no checkpoint, but its model: {model}" if model and model.exists() else ""
+        parser.error(f"argument --resume: no checkpoint at {given}{kept}")
     try:  # tensors and plain values only: nothing in the file is executed
         content = torch.load(path, map_location="cpu", weights_only=True)
         states = {**content["states"], "generator": content["generator"]}
-        return Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
-    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
+        progress = Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
+    except (LookupError, TypeError, ValueError, pickle.UnpicklingError):
+        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: it is no checkpoint of this script\n")
+    except (OSError, EOFError, RuntimeError) as error:
+        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {type(error).__name__}: {one_line(error)}\n")
+    ending.checkpoint = path
+    return progress
 
 
 def restore(progress: Progress, parts: dict[str, Any]) -> None:
@@ -127,6 +134,5 @@ def restore(progress: Progress, parts: dict[str, Any]) -> None:
         torch.set_rng_state(progress.states["generator"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"cannot resume from {progress.path}: {type(error).__name__}: {one_line(error)}") from error
-    ending.checkpoint = progress.path
     new = ", in a new session, which begins there" if Task.is_offline() else ""
     print(f"resumed after epoch {progress.epoch} from {progress.path}{new}")

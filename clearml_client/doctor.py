@@ -104,8 +104,11 @@ def check_file(_: Setup) -> Found:
 
 def check_settings(setup: Setup) -> Found:
     if reason := configuration.why_offline():
-        setup.blocked[SERVER] = reason
-        cure = f"{errors.command('clearml-init')} writes ~/clearml.conf, if you have a server"
+        setup.blocked[SERVER] = reason.partition(" (")[0]
+        file = configuration.config_file()[0]
+        cure = f"{errors.command('clearml-init')} writes {display_path(file)}, if you have a server"
+        if file.is_file():  # which clearml-init does not touch
+            cure = f"add the api {{ }} section that the web UI shows to {display_path(file)}, if you have a server"
         if Task.is_offline():
             cure = f"unset {configuration.variable_in_use(configuration.OFFLINE)}"
         return f"runs are recorded offline, because {reason}", "", cure

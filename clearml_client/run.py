@@ -117,6 +117,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         if isinstance(error, sdk.ERRORS):
             error = server.refusal(error)
             error.doctor = True
+        elif "'DummyModel'" in str(error):  # the SDK's, in an offline session
+            error = RunError("OutputModel needs a ClearML server", "offline, task.upload_artifact keeps the file")
         code = getattr(error, "code", 1)
         if isinstance(error, KeyboardInterrupt):
             ending.say("interrupted", 128 + signal.SIGINT, "stopped", seconds=8)
@@ -126,6 +128,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             number = code if isinstance(code, int) and code & 255 else 1  # of 256 the system makes 0
             ending.say(f"error: the script left with sys.exit({code!r})", number, "failed")
         elif isinstance(error, RunError):
+            if isinstance(error, UsageError):
+                ending.checkpoint = None  # no advice to do the same again
             ending.say(f"error: {error.message()}", code, "failed", find * error.doctor)
         elif isinstance(error, OSError) and error.errno in FULL_DISK:
             ending.say(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", 1, "failed")
@@ -283,13 +287,16 @@ class LostReports(logging.Filter):
         return is_new
 
 
+def is_on_server(task_id: str) -> bool:
+    return bool(Task.query_tasks(task_filter={"id": [task_id]}))
+
+
 def check_resumable(task_id: str) -> None:
     """Raise UsageError for a task that must not be touched again, or cannot be."""
     with explained(), limit(60, f"the task {task_id}"):
-        task = Task.get_task(task_id)
-    status = str(task.status) if task else "deleted"
-    if status in ("completed", "closed", "published", "publishing", "deleted"):
-        raise UsageError(f"cannot resume: the task {task_id} is {status}")
+        status = str(Task.get_task(task_id).status) if is_on_server(task_id) else "not on this server"
+    if status in ("completed", "closed", "published", "publishing", "not on this server"):
+        raise UsageError(f"cannot resume: the task {task_id} is {status}", source=str(ending.checkpoint or ""))
 
 
 def wait_for_server(what: str) -> None:
@@ -299,7 +306,7 @@ def wait_for_server(what: str) -> None:
     with explained(what), limit(120, what):
         server.ping(PATIENCE)
         server.session.cache_clear()  # its token is void if the server was restarted with another secret
-        if not Task.query_tasks(task_filter={"id": [Task.current_task().id]}):
+        if not is_on_server(Task.current_task().id):
             raise RunError("somebody has deleted the task on the ClearML server")
 
 
@@ -307,7 +314,7 @@ def task_at_agent() -> Task:
     """Return the task that an agent has this process run. Raise UsageError where its id is left over."""
     variable = configuration.variable_in_use("CLEARML_TASK_ID")
     task_id, unset = os.environ[variable], f"unset {variable}"
-    if not Task.query_tasks(task_filter={"id": [task_id]}):
+    if not is_on_server(task_id):
         raise UsageError(f"there is no task {task_id}, which {variable} names: {unset}")
     task = Task.get_task(task_id)
     named = f"the task {task.name} ({task.id}), which {variable} names"

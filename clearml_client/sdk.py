@@ -43,6 +43,11 @@ def setting(key: str, default: Any = None) -> Any:
     return config_obj.get(key, default)
 
 
+def names(section: str) -> list[str]:
+    """List what stands in a section of the merged configuration; of "" the sections."""
+    return list(setting(section, {}) if section else config_obj._config.to_dict())
+
+
 def put(key: str, value: Any) -> None:
     """Change a leaf of the live configuration: `set_overrides` would read all files again."""
     section, name = key.split(".", 1)

@@ -145,16 +145,18 @@ class Store:
                 return None
             meaning = {0: "no answer", 401: "wrong keys", 403: "forbidden", 404: "not there"}.get(status, "refused")
             reason = f"cannot {verb}: {meaning}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
+            if ".amazonaws.com" in self.url:  # which nobody has named
+                reason += "; Amazon S3 was asked: for another store write s3://host:port/..., or set AWS_ENDPOINT_URL"
             if status == 0:
                 self.trouble = reason
             if self.suspicion:
                 raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
-            cure = LIST_CURE if (verb, trouble.words) == ("look", DENIED) else trouble.cure
+            cure = LIST_CURE if (verb, trouble.words) == ("check", DENIED) else trouble.cure
             raise StorageError(reason, cure, self.source) from error
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes; None where there is none."""
-        return self.attempt("look", lambda: self._size(key))
+        return self.attempt("check", lambda: self._size(key))
 
     def matches(self, key: str, path: Path) -> bool:
         """Tell whether the object is what the file is, byte for byte. Hold neither in memory."""
@@ -188,7 +190,7 @@ class Store:
     def check_place(self) -> None:
         """See that the place answers, and that its bucket is there."""
         try:
-            if not self.attempt("look", self._look):
+            if not self.attempt("check", self._look):
                 raise StorageError("no such bucket", "make the bucket, or correct its name in the URI", self.source)
         except StorageError as error:
             if diagnose(error).words != DENIED:  # a permission that an upload does not need

@@ -12,6 +12,7 @@ import math
 import re
 import ssl
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -179,7 +180,7 @@ class ClearMLServer:
     access_key = "stand-in-access-key"
     secret_key = "stand-in-secret-key"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ports: list[int] | None = None) -> None:
         self.files_folder = folder / "files"
         self.files_folder.mkdir(parents=True)
         self.api_url = self.files_url = self.web_url = ""  # known once started
@@ -192,7 +193,7 @@ class ClearMLServer:
         self.events: defaultdict[str, dict[str, Doc]] = defaultdict(dict)  # by task, then by event id
         self._scrolls: dict[str, float] = {}  # how far the answers of each have come
         self._lock = threading.RLock()
-        self._ports = [0, 0, 0]
+        self._ports = ports or [0, 0, 0]  # of API, files and web page; 0: a free one
         self._running: list[tuple[BaseWSGIServer, threading.Thread]] = []
         self.renew_secret()
         self.queues_create("default")
@@ -669,7 +670,7 @@ class ClearMLServer:
 
 
 if __name__ == "__main__":
-    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")))
+    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")), [*map(int, sys.argv[1:])])
     server.start()
     print("# For ~/clearml.conf:", server.configuration(), f"# Uploaded files: {server.files_folder}", sep="\n")
     print("# Ctrl-C ends the server.", flush=True)

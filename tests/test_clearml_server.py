@@ -15,6 +15,7 @@ import pytest
 import requests
 from clearml_server import ApiError, ClearMLServer
 from conftest import HANGS, Machine
+from stores import free_port
 
 DATA = Path(__file__).parent / "data"
 
@@ -129,9 +130,11 @@ def test_the_file_server_wants_a_token_and_notes_what_it_does_not_know(server: C
 
 
 def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> None:
-    script = machine.start("tests/clearml_server.py")
+    ports = [free_port() for _ in range(3)]
+    script = machine.start("tests/clearml_server.py", *ports)
     script.wait_for("# Ctrl-C ends the server.")
     machine.configure(script.stdout)
+    assert [f":{port}" in script.stdout for port in ports] == [True] * 3
     run = machine.train("--dry-run")
     assert (run.returncode, "Stored: http" in run.stdout) == (0, True), run.everything
     script.signal(signal.SIGINT)

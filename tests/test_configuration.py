@@ -42,6 +42,17 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "empty": (CONF, b"", "says nothing"),
     "only comments": (CONF, b"# nothing yet\n\n  // as before\n", "says nothing"),
     "a number": (CONF, b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
+    "a section misspelt": (CONF, b"apii { }", "there is no setting apii; write api"),
+    "a setting misspelt": (
+        CONF,
+        GOOD.replace("_server", "_sever").encode(),
+        "there is no setting api_sever; write api_s",
+    ),
+    "a key misspelt": (
+        CONF,
+        GOOD.replace("access_key", "acces_key").encode(),
+        "no setting acces_key; write access_key",
+    ),
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),

@@ -4,6 +4,7 @@ import re
 import shlex
 import socket
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -95,6 +96,9 @@ def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: Cl
     assert [*stored_curves(online, run.task)["loss", "train"]] == [*range(100)]
     assert re.fullmatch(f"file://{machine.home}/store/.*/models/line.pt", model["uri"])
     assert read(machine.home / "line.pt")["weight"].item() == pytest.approx(3, abs=0.5)
+    alone = replace(machine, variables={"CLEARML_OFFLINE_MODE": "1"}).run(machine.home / "line.py")
+    assert alone.returncode == 1
+    assert alone.stderr.startswith("line.py: error: OutputModel needs a ClearML server; offline, task.upload_artifact")
 
 
 # --- the chapters -----------------------------------------------------------------------------------------------------

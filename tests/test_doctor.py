@@ -80,7 +80,7 @@ def test_everything_silent_comes_to_an_end(machine: Machine, server: ClearMLServ
     assert "\033" not in done.stdout
 
 
-def test_without_any_configuration_it_warns_and_is_well(ask: Ask, tmp_path: Path) -> None:
+def test_without_any_configuration_it_warns_and_is_well(ask: Ask, machine: Machine, tmp_path: Path) -> None:
     """Also with a folder that is not yet there, which it does not leave behind."""
     folder = tmp_path / "not yet there"
     report = ask("configuration", "server", "storage", uri=f"file://{folder}")
@@ -90,6 +90,8 @@ def test_without_any_configuration_it_warns_and_is_well(ask: Ask, tmp_path: Path
     assert report["storage: target"].startswith(f"ok: file://{folder} [--output-uri]")
     assert report["storage: object"].startswith(PROVEN)
     assert not folder.exists()
+    machine.configure("sdk {}")
+    assert "add the api { } section that the web UI shows to ~/clearml.conf" in ask("configuration").cure
     assert ask("configuration", CLEARML_OFFLINE_MODE="1").cure.endswith("ClearML server: unset CLEARML_OFFLINE_MODE")
 
 
@@ -97,7 +99,7 @@ def test_each_value_is_named_with_its_origin(ask: Ask, machine: Machine, server:
     """Of two files, .env, and variables: the one file is not read, and the other has half of the keys."""
     copy_script(tmp_path)
     machine.configure("sdk {}")
-    (machine.home / "other.conf").write_text(server.configuration().replace("access_key", "axxess_key"))
+    (machine.home / "other.conf").write_text(server.configuration().replace("access_key", "other"))
     (tmp_path / ".env").write_text(f"CLEARML_OUTPUT_URI={machine.home}/elsewhere\nCLEARML_API_ACCESS_KEY=inside\n")
     variables = {"PYTHON_DOTENV_DISABLED": "0", "CLEARML_API_ACCESS_KEY": "outside", "PYTHONPATH": str(tmp_path)}
     report = ask("configuration", "storage", CLEARML_CONFIG_FILE="~/other.conf", **variables)
@@ -166,6 +168,7 @@ LAB = f"[lab]\naws_access_key_id = {Store.access_key}\naws_secret_access_key = {
 SSO = "sso_account_id = 1\nsso_role_name = any\nsso_region = eu-west-1\nsso_start_url = https://sso.invalid\n"
 NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BY_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": Store.access_key, "AWS_SECRET_ACCESS_KEY": Store.secret_key}
+NO_ENDPOINT = {"AWS_ENDPOINT_URL": "", "HTTPS_PROXY": "http://127.0.0.1:1"}  # nothing leaves this machine
 ROLE = {**NOBODY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/any", "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such"}
 GOOGLE = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
 GOOGLE_KEY = {**GOOGLE, "GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account"}'}
@@ -181,6 +184,7 @@ STORES = [
     Tried("gcs", "access", r"ok: application default .*\[STORAGE_EMULATOR_HOST, environment", None),
     Tried("tls", "object", f"failed: .*checksum not understood .*{BOTH}"),
     Tried("rclone", "object", "failed: .*AWS_ENDPOINT_URL", None, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, AWS),
+    Tried("rclone", "object", "failed: .*Amazon S3 was asked: .*AWS_ENDPOINT_URL", None, NO_ENDPOINT, AWS),
     Tried("rclone", "access", "failed: .*write http:// or ht", None, {"AWS_ENDPOINT_URL": "{host}"}, AWS),
     Tried("rclone", "access", "failed: .*correct AWS_PROFILE", None, {**NOBODY, "AWS_PROFILE": "lib"}, AWS),
     Tried("rclone", "access", "failed: .*aws sso login --pro", None, {**NOBODY, "AWS_PROFILE": "sso"}, AWS),

@@ -151,7 +151,7 @@ FAULTS = {
         ("CLEARML_CONFIG_FILE names ~/other.conf", "no such file"),
         variables={"CLEARML_CONFIG_FILE": "~/other.conf"},
     ),
-    "half a file": Fault(FILE, (HALF, "api.credentials.secret_key", "~/clearml.conf"), {"secret_key": "sekret_key"}),
+    "half a file": Fault(FILE, (HALF, "api.credentials.secret_key", "~/clearml.conf"), {"secret_key": "other"}),
     "no such bucket where a store makes it": no_storage("s3://{seaweed}/nonesuch", "NoSuchBucket"),
     "no such bucket of Google's": no_storage("gs://nonesuch", "no such bucket"),
     "a wrong secret": no_storage(
@@ -436,24 +436,27 @@ def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
 
 
 def test_what_is_finished_is_not_resumed_and_not_touched(bench: Bench, uninterrupted: Uninterrupted) -> None:
-    """By the checkpoint that is gone, or by the task, which somebody may have completed or published."""
+    """By the checkpoint that is gone, or by the task, which somebody may have completed or published, or deleted."""
     first = bench.train("--epochs", 1)
     assert first.end() == 0, first.everything
     model = bench.outputs("model.pt").relative_to(bench.home)
     torch.save(read(uninterrupted.folder / "saved.pt") | {"task": first.task}, bench.home / "left.pt")
     for status, file, words in (
-        ("completed", model.with_name("checkpoint.pt"), f"its checkpoint was removed; its model: {model}"),
-        ("published", "left.pt", f"cannot resume: the task {first.task} is published"),
+        ("completed", model.with_name("checkpoint.pt"), f"a complete run keeps no checkpoint, but its model: {model}"),
+        ("published", "left.pt", f"cannot resume: the task {first.task} is published [left.pt]"),
     ):
         bench.server.tasks[first.task]["status"] = status
         before = deepcopy((bench.server.tasks, bench.server.models))
         again = bench.begin("--resume", file)
-        bench.ends(again, "the run for `--resume`", 2)
+        bench.ends(again, GONE, 2)
         assert again.line.endswith(words)  # and it does not advise itself
         assert (bench.server.tasks, bench.server.models) == before
+    del bench.server.tasks[first.task]
+    bench.ends(bench.begin("--resume", "left.pt"), GONE, 2, f"{first.task} is not on this server [left.pt]")
 
 
 # --- checkpoints, options and data that are wrong ---------------------------------------------------------------------
+GONE = "the run for `--resume`"
 DAMAGED = "the file for `--resume` is damaged"
 
 
@@ -472,13 +475,13 @@ def save_cut(path: Path, state: dict[str, Any]) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-BAD_CHECKPOINTS: dict[str, Callable[[Path, dict[str, Any]], object]] = {
-    "No such file": lambda path, _: None,
-    "RuntimeError": save_cut,
-    "UnpicklingError": lambda path, _: path.write_text("Hello, world!"),
-    "KeyError": lambda path, good: torch.save(good["states"]["net"], path),
-    "weights_only": lambda path, _: torch.save({"net": Malice(path.with_name("executed"))}, path),
-}
+NONE = "it is no checkpoint of this script"
+BAD_CHECKPOINTS: list[tuple[str, Callable[[Path, dict[str, Any]], object]]] = [
+    ("RuntimeError", save_cut),
+    (NONE, lambda path, _: path.write_text("Hello, world!")),
+    (NONE, lambda path, good: torch.save(good["states"]["net"], path)),  # a model
+    (NONE, lambda path, _: torch.save({"net": Malice(path.with_name("executed"))}, path)),
+]
 
 
 def test_the_run_ends_at_a_checkpoint_of_another_network(bench: Bench, uninterrupted: Uninterrupted) -> None:
@@ -498,15 +501,19 @@ def test_what_is_refused_before_anything_exists(
     good, named = uninterrupted.folder / "saved.pt", "a name has slashes"
     few, many = "has three characters or more", "has at most 220 characters"
     cases: list[tuple[str, int, Sequence[object], str]] = [
-        ("the run for `--resume`", 2, ["--resume", "--output-dir", tmp_path / "none"], "no checkpoint below"),
+        (GONE, 2, ["--resume", "--output-dir", tmp_path / "none"], f"no checkpoint at {tmp_path}/none$"),
+        (GONE, 2, ["--resume", tmp_path / "none.pt"], f"no checkpoint at {tmp_path}/none.pt$"),
+        (GONE, 2, ["--resume", tmp_path], f"no checkpoint at {tmp_path}; .* model: {tmp_path}/done/model.pt$"),
         ("`--resume` comes with another", 2, ["--resume", good, "--epochs", 9], "--epochs was 12, and cannot change"),
         ("the device is not there", 2, ["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
         *((named, 2, ["--project-name", text], few) for text in ("   ", "a/../b", '"quoted"')),
         *((named, 2, ["--task-name", text], many) for text in ("n" * 221, "🚀" * 19)),
     ]
-    for words, make in BAD_CHECKPOINTS.items():
-        path = tmp_path / words / "checkpoint.pt"
-        path.parent.mkdir()
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/model.pt").touch()
+    for number, (words, make) in enumerate(BAD_CHECKPOINTS):
+        path = tmp_path / f"runs/{number}.pt"
+        path.parent.mkdir(exist_ok=True)
         make(path, read(good))
         cases.append((DAMAGED, 1, ["--resume", path], f"error: cannot resume from {path}: .*{words}"))
     for row, code, arguments, words in cases:

@@ -224,7 +224,7 @@ def test_no_worker_is_forked_while_the_sdk_asks_git(write: Write, machine: Machi
 
 # --- what waits for ever ----------------------------------------------------------------------------------------------
 LIMIT = "from clearml_client.ending import LIMITS, limit; import ctypes, time\n"
-RESUME = "Task.get_task = lambda *_: time.sleep(600); run.limit = lambda _, what: limit(1, what)\n"
+RESUME = "Task.query_tasks = lambda **_: time.sleep(600); run.limit = lambda _, what: limit(1, what)\n"
 RESUME += "run.check_resumable('abc')"
 STACKS = "where each thread stands is in "
 HANGS = {
