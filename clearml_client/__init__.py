@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dotenv.parser import parse_stream
 
 DOTENV = Path(__file__).resolve().parent.parent / ".env"
 OUTSIDE = dict(os.environ)  # what was set before .env was read
+NAMES = {"CLEARML_OUTPUT_URI", "CLEARML_API_HOST", "CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY"}
+NAMES |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"}  # .env may have others, but none so similar
 ENVIRONMENT = re.compile("(AWS|AZURE|CLEARML|GOOGLE|TRAINS)_")
 
 dotenv_problem = ""  # why .env cannot be used; configuration.check() raises it
@@ -37,10 +40,13 @@ def prepare_environment() -> None:
     sys.excepthook = shorten_interrupt
     try:
         text = DOTENV.read_text(encoding="utf-8-sig") if DOTENV.is_file() else ""
-        bad = [binding.original.line for binding in parse_stream(StringIO(text)) if binding.error]
-        if bad:
-            dotenv_problem = f"{DOTENV}, line {bad[0]}: not understood; write NAME=value"
-        else:
+        for binding in parse_stream(StringIO(text)):
+            place, key = f"{DOTENV}, line {binding.original.line}", binding.key or ""
+            if binding.error:
+                dotenv_problem = dotenv_problem or f"{place}: not understood; write NAME=value"
+            elif key not in NAMES and (meant := get_close_matches(key, NAMES, 1, 0.93)):
+                dotenv_problem = dotenv_problem or f"{place}: there is no {key}; write {meant[0]}"
+        if not dotenv_problem:
             dotenv.load_dotenv(stream=StringIO(text))
     except UnicodeDecodeError:
         dotenv_problem = f"{DOTENV} is no text file in UTF-8: save it as one"

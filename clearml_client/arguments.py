@@ -44,5 +44,5 @@ def storage_uri(text: str) -> str:
     except RunError as error:
         name = "CLEARML_OUTPUT_URI"
         source = f"{variable(name)}: " * (text == os.getenv(name))
-        raise argparse.ArgumentTypeError(f"{source}{error}") from None
+        raise argparse.ArgumentTypeError(f"{source}{error.message()}") from None
     return text

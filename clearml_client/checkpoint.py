@@ -114,7 +114,7 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
         states = {**content["states"], "generator": content["generator"]}
         progress = Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
     except (LookupError, TypeError, ValueError, pickle.UnpicklingError):
-        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: it is no checkpoint of this script\n")
+        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: it is no checkpoint.pt of an earlier run\n")
     except (OSError, EOFError, RuntimeError) as error:
         parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {type(error).__name__}: {one_line(error)}\n")
     ending.checkpoint = path

@@ -53,7 +53,8 @@ class Ending:
             return False
         self.last_resort = start_timer(seconds or LAST_RESORT, partial(abandon, code))
         with suppress(OSError, ValueError):
-            print(f"{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
+            below_bar = "\n" * sys.stderr.isatty()
+            print(f"{below_bar}{SCRIPT.name}: {self.reason}{hint}{self.saved()}", file=sys.stderr, flush=True)
         return True
 
     def claim(self, code: int, status: str, reason: str) -> bool:

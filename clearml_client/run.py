@@ -111,8 +111,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     def tell(self, error: BaseException) -> None:
         """Say in one line what happened; for a mistake of the script, after its traceback."""
         uri = self.output_uri or self.given
-        # The file server is no argument of the doctor's, but what it looks at without one.
-        target = ["--output-uri", uri] if uri and not uri.startswith("http") else []
+        # Without an argument the doctor looks at CLEARML_OUTPUT_URI, or the file server.
+        target = [] if uri.startswith("http") or uri == os.getenv("CLEARML_OUTPUT_URI", "") else ["--output-uri", uri]
         find = f"; find the cause: {command('-m', 'clearml_client.doctor', *target)}"
         if isinstance(error, sdk.ERRORS):
             error = server.refusal(error)
@@ -296,7 +296,8 @@ def check_resumable(task_id: str) -> None:
     with explained(), limit(60, f"the task {task_id}"):
         status = str(Task.get_task(task_id).status) if is_on_server(task_id) else "not on this server"
     if status in ("completed", "closed", "published", "publishing", "not on this server"):
-        raise UsageError(f"cannot resume: the task {task_id} is {status}", source=str(ending.checkpoint or ""))
+        cure = "--offline goes on in a new session" if status == "not on this server" else "start a new run"
+        raise UsageError(f"cannot resume: the task {task_id} is {status}", cure, str(ending.checkpoint or ""))
 
 
 def wait_for_server(what: str) -> None:

@@ -333,7 +333,14 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
         raise RunError('secure: "false" is a text, which the SDK takes for true', "leave out the quotes", source)
     if is_listed and (entry.host, entry.bucket) in [("", place), (place, ""), (place, bucket)]:
         return entry, None
-    other = RunError(f"no entry for {uri} is in the list {one_line(read)}", cure, source)
+    what = f"no entry for {uri} is in the list {one_line(read)}"
+    for each in read:
+        host = str(each.get("host"))
+        if host.startswith(f"{place}:"):
+            what, cure = f"{uri} has no port, and the entry is for {host}", f"write s3://{host}/bucket/path"
+        if host == place and not (each.get("secret") or each.get("use_credentials_chain")):
+            what, cure = f"the entry for {host} has no secret", "add it, or use_credentials_chain: true"
+    other = RunError(what, cure, source)
     if is_listed:
         raise other
     return entry, other if ":" in place or read else None  # AWS needs none

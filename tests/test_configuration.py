@@ -54,6 +54,11 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
         "no setting acces_key; write access_key",
     ),
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
+    "a variable misspelt": (
+        ENV,
+        b"CLEARML_OUTPUT_URL=/tmp/x",
+        "there is no CLEARML_OUTPUT_URL; write CLEARML_OUTPUT_URI",
+    ),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }

@@ -169,6 +169,7 @@ SSO = "sso_account_id = 1\nsso_role_name = any\nsso_region = eu-west-1\nsso_star
 NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BY_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": Store.access_key, "AWS_SECRET_ACCESS_KEY": Store.secret_key}
 NO_ENDPOINT = {"AWS_ENDPOINT_URL": "", "HTTPS_PROXY": "http://127.0.0.1:1"}  # nothing leaves this machine
+HALF = {"AWS_SECRET_ACCESS_KEY": ""}
 ROLE = {**NOBODY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/any", "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such"}
 GOOGLE = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
 GOOGLE_KEY = {**GOOGLE, "GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account"}'}
@@ -189,14 +190,16 @@ STORES = [
     Tried("rclone", "access", "failed: .*correct AWS_PROFILE", None, {**NOBODY, "AWS_PROFILE": "lib"}, AWS),
     Tried("rclone", "access", "failed: .*aws sso login --pro", None, {**NOBODY, "AWS_PROFILE": "sso"}, AWS),
     Tried("rclone", "access", "failed: .*no keys.*AWS_ACCESS_KEY_ID", None, NOBODY, AWS),
+    Tried("rclone", "access", "failed: .*half of the keys.*set both", None, HALF, AWS),
     Tried("rclone", "access", "failed: .*missing.*AWS_WEB_IDENTITY_TOKEN_FILE", None, ROLE, AWS),
     Tried("gcs", "access", "failed: .*gcloud auth application-default login", None, GOOGLE),
     Tried("gcs", "access", "failed: .*holds the key itself.*write it to a file", None, GOOGLE_KEY),
     # What is wrong with the entry in clearml.conf.
     Tried("rclone", "access", f"failed: no entry for .*'host': '127.0.0.1'.*{ENTRY}", {"host": "127.0.0.1"}),
     Tried("rclone", "access", f"failed: no entry for .*'bucket': 'mod'.*{ENTRY}", {"bucket": "mod"}),
-    Tried("rclone", "access", "failed: no keys: no entry for s3://127.0.0.1/x", uri="s3://127.0.0.1/x"),
     Tried("rclone", "access", "failed: the SDK cannot use .*host: ", {"host": "http://127.0.0.1:1"}),
+    Tried("rclone", "access", "failed: .* has no port.*write s3://{host}/bucket", uri="s3://127.0.0.1/x"),
+    Tried("rclone", "access", "failed: .*the entry for {host} has no secret.*add it", {"secret": None}),
     Tried("rclone", "access", "failed: secure: .*leave out the quotes", {"secure": "false"}),
     Tried("rclone", "object", f"failed: .*TLS spoken .*no entry.*{ENTRY}", {"host": "h:1"}, BY_ENVIRONMENT),
     Tried("rclone", "object", "ok", {"host": None, "bucket": "models"}, {"AWS_ENDPOINT_URL": "http://{host}"}, AWS),

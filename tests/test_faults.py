@@ -318,7 +318,7 @@ def test_an_upload_in_the_background_that_fails_is_heard(bench: Bench, tmp_path:
     with Rclone(tmp_path / "store") as store, Front(store, r"^0 PUT \S*predictions", "AccessDenied") as front:
         bench.connect(store, host=front.host)
         run = bench.train("--epochs", 1, "--output-uri", f"s3://{front.host}/{store.bucket}")
-        bench.ends(run, "the picture or the predictions", 1, "AccessDenied", DOCTOR)
+        bench.ends(run, "the picture of the mistakes or", 1, "AccessDenied", DOCTOR)
         assert bench.saved_epoch(run) == 1
         assert [key for key in store.keys() if key.endswith("/model.pt")]
 
@@ -443,7 +443,7 @@ def test_what_is_finished_is_not_resumed_and_not_touched(bench: Bench, uninterru
     torch.save(read(uninterrupted.folder / "saved.pt") | {"task": first.task}, bench.home / "left.pt")
     for status, file, words in (
         ("completed", model.with_name("checkpoint.pt"), f"a complete run keeps no checkpoint, but its model: {model}"),
-        ("published", "left.pt", f"cannot resume: the task {first.task} is published [left.pt]"),
+        ("published", "left.pt", f"cannot resume: the task {first.task} is published; start a new run [left.pt]"),
     ):
         bench.server.tasks[first.task]["status"] = status
         before = deepcopy((bench.server.tasks, bench.server.models))
@@ -452,7 +452,12 @@ def test_what_is_finished_is_not_resumed_and_not_touched(bench: Bench, uninterru
         assert again.line.endswith(words)  # and it does not advise itself
         assert (bench.server.tasks, bench.server.models) == before
     del bench.server.tasks[first.task]
-    bench.ends(bench.begin("--resume", "left.pt"), GONE, 2, f"{first.task} is not on this server [left.pt]")
+    bench.ends(
+        bench.begin("--resume", "left.pt"),
+        GONE,
+        2,
+        f"{first.task} is not on this server; --offline goes on in a new session [left.pt]",
+    )
 
 
 # --- checkpoints, options and data that are wrong ---------------------------------------------------------------------
@@ -475,7 +480,7 @@ def save_cut(path: Path, state: dict[str, Any]) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-NONE = "it is no checkpoint of this script"
+NONE = "it is no checkpoint.pt of an earlier run"
 BAD_CHECKPOINTS: list[tuple[str, Callable[[Path, dict[str, Any]], object]]] = [
     ("RuntimeError", save_cut),
     (NONE, lambda path, _: path.write_text("Hello, world!")),

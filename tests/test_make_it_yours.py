@@ -15,12 +15,15 @@ EDITS = re.findall(r"^\| `(.*?)` \| `(.*?)` \|", PAGE, re.MULTILINE)
 FUNCTION, THREE_LINES = re.findall("```(?:python|diff)\n(.*?)\n```", PAGE, re.DOTALL)
 PIES = [f"pie-{number}" for number in range(1, 13)]  # the files come as pie-1, pie-10, pie-11, pie-12, pie-2 ...
 
-MINE = """import torch
+MINE = """import argparse
+import torch
 from clearml import Task
-def main():
+def main(args):
     task = Task.init("pets", "mine")
     torch.save(torch.nn.Linear(2, 1).state_dict(), "model.pt")
-main()
+parser = argparse.ArgumentParser()
+args = parser.parse_args()
+main(args)
 """
 
 

@@ -248,7 +248,7 @@ def test_nothing_comes_after_the_last_line_of_an_offline_run(machine: Machine) -
 
 def test_in_a_notebook_the_kernel_goes_on(machine: Machine, online: ClearMLServer) -> None:
     script = f"{ROOT}/pytorch_mnist.py --dry-run"
-    codes = {f"{script} --resume none.pt": 1, "-m clearml_client.doctor": 0, shlex.join(CLEANUP): 2}
+    codes = {f"{script} --resume none.pt": 2, "-m clearml_client.doctor": 0, shlex.join(CLEANUP): 2}
     codes |= {f"{script} --output-dir {ROOT}/LICENSE": 1, script: 0}
     before = len(online.tasks)
     done = machine.run("tests/programs/notebook.py", *codes)
