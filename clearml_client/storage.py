@@ -137,6 +137,8 @@ class Store:
             raise StorageError(self.trouble)
         try:
             return call_with_timeout(self.timeout, "time-out", action) if self.timeout else action()
+        except RunError:
+            raise  # of the ClearML server, and complete
         except Exception as error:
             status, trouble = http_status(error), diagnose(error)
             if again and trouble.words == "connection closed":  # by the store, while the client kept it

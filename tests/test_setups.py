@@ -32,7 +32,7 @@ from stores import Rclone, free_port
 from werkzeug.utils import redirect
 
 import clearml_client
-from clearml_client import arguments, errors, server
+from clearml_client import arguments, ending, errors, server
 from clearml_client.errors import RunError
 
 SCRIPT = ("pytorch_mnist.py", "--dry-run")
@@ -43,11 +43,16 @@ SERVER, STORAGE = ((*DOCTOR, "--only", area) for area in ("server", "storage"))
 
 # --- certificates, proxies, addresses ---------------------------------------------------------------------------------
 class Unusual(ClearMLServer):
-    """Before it is a proxy that refuses a GET with a body; /moved has another address now, and /page wants a login."""
+    """Before it is a proxy that refuses a GET with a body; /moved and /files have another address now, /page
+    wants a login, and /busy lets nobody in."""
 
     def answer_api(self, request: werkzeug.Request) -> werkzeug.Response:
         if request.path.startswith("/moved"):
             return redirect(self.api_url + request.path.removeprefix("/moved"))
+        if request.path.startswith("/files"):
+            return redirect(self.files_url + request.path.removeprefix("/files"))
+        if request.path.startswith("/busy") and request.path.endswith("auth.login"):
+            return werkzeug.Response(status=503)
         if request.path.startswith("/page"):
             return redirect("/login")
         if request.path == "/login" or (request.method == "GET" and request.data):
@@ -109,6 +114,7 @@ NO_WEB = r"no address of the web UI.*set api.web_server \(CLEARML_WEB_HOST\)"
 MOVED = r"(http://\S+) redirects to (http://\S+): write \2 \[api.api_server, ~/clearml.conf\]"
 TARGET = 'sdk.development.default_output_uri: "/no/such/folder"'
 ORIGIN = r"no storage at /no/such/folder: .*mkdir -p /no/such.* \[sdk.development.default_output_uri, ~/clearml.conf\]"
+BEATEN = {"CLEARML_OFFLINE_MODE": "0", "CLEARML_DEFAULT_OUTPUT_URI": "$files"}
 TO_STORE = (*SCRIPT, "--output-uri", "$uri")
 FILES = (*DOCTOR, "--only", "configuration")
 
@@ -119,7 +125,7 @@ RIGHT = [
     Case(SERVER, "$by_proxy", PROXY, "ok +server: API .*clearml.invalid.*through the proxy http://127.0.0.1"),
     Case(SCRIPT, "$unusual", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
     Case(SCRIPT, "sdk {}", TOKEN, "Stored: http:"),
-    Case(SCRIPT, "$server", {"CLEARML_OFFLINE_MODE": "0"}, "Stored: http:"),
+    Case(SCRIPT, f"$server {TARGET}", BEATEN, "Stored: http:"),
     Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "pa-55"}, "warning .*secrets .*stands alone: AWS_SECRET_ACCESS"),
     Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, "All is well"),
 ]
@@ -131,6 +137,9 @@ WRONG = [
     *(Case(each, "$unusual", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
     *(Case(each, "sdk {}", KEYS | HOSTS, NO_WEB) for each in (SCRIPT, SERVER)),
     Case(SCRIPT, '$server api.api_server: "$other/moved"', {}, MOVED),
+    Case(SCRIPT, '$server api.files_server: "$other/files"', {}, MOVED.replace("api_server", "files_server")),
+    Case(SCRIPT, "$server", {"CLEARML_API_HOST": "$other/busy"}, "503"),
+    Case(STORAGE, "api: {", {}, "failed +configuration: file .*syntax error"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "$other/page"}, "something else .HTTP 404. answers there"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://me:p@ss-word@$nobody"}, "take user and password out of api"),
     Case(SCRIPT, "$server", {"CLEARML_API_HOST": "http://127.0.0.1:99999"}, "no valid address; write http://host:port"),
@@ -257,6 +266,15 @@ def test_in_a_notebook_the_kernel_goes_on(machine: Machine, online: ClearMLServe
         assert f"%run {command}: {code}\n" in done.stdout
     assert [task["status"] for task in online.tasks.values()][before:] == ["failed", "completed"]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_after_a_failed_run_nothing_ends_the_kernel() -> None:
+    run = ending.Ending()
+    run.say("of a test", 1, "failed", seconds=600)
+    timer = run.last_resort
+    run.reset()
+    assert timer
+    assert timer.finished.is_set()
 
 
 def test_letters_that_did_not_arrive() -> None:
