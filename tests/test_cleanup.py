@@ -340,7 +340,7 @@ def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: La
     data = lab.put("data/set.zip")
     lab.artifact(task, data)
     lab.artifact(task, f"{data}.2", mode="input")
-    lab.image(task, "https://example.invalid/cat.png")
+    lab.image(task, f"https://example.invalid/offline-{'0' * 32}/cat.png")
     lab.model(task, "https://example.invalid/pretrained.bin")
     registered = lab.put("registered.bin")
     lab.model(task, registered)  # this one is its own, whatever links to it besides
@@ -465,16 +465,16 @@ def test_wrong_use_is_named(
 
 def test_without_a_task_or_a_project_or_a_server_it_says_so(lab: Lab) -> None:
     assert "0 archived tasks, unchanged for more than 1 day\n" in lab.delete("--older-than", "1")
-    lab.project = "no such.project"
+    lab.project = lab.project.replace("/", ".")
     done = lab.run(code=2)
     assert done.stdout == ""
-    assert done.stderr == "clearml_client.cleanup: error: no project 'no such.project' on the server\n"
+    assert done.stderr == f"clearml_client.cleanup: error: no project '{lab.project}' on the server\n"
     (lab.machine.home / "clearml.conf").unlink()
     error = lab.run(code=1).stderr
     assert error.startswith("clearml_client.cleanup: error: no ClearML server: no server is configured")
 
 
-ANSWERS = [("no\n", 1, "Nothing was deleted."), ("\x04", 1, "stopped; the same"), ("yes\n", 0, "Left: 0 tasks.")]
+ANSWERS = [("y\n", 1, "Nothing was deleted."), ("\x04", 1, "stopped; the same"), ("yes\n", 0, "Left: 0 tasks.")]
 
 
 @pytest.mark.parametrize(("answer", "code", "words"), ANSWERS)

@@ -126,6 +126,15 @@ def test_blanks_and_quotes_around_variables_do_not_count(here: Machine) -> None:
     assert "AWS_PROFILE" not in os.environ
 
 
+def test_what_the_files_say_holds_for_all_parts(here: Machine) -> None:
+    """A key for all buckets; and boto3 has the certificates which requests would prefer to the setting."""
+    (here.home / "clearml.conf").write_text(f'{GOOD}sdk.aws.s3.key: "k"\napi.verify_certificate: false')
+    os.environ["REQUESTS_CA_BUNDLE"] = "ca.pem"
+    configuration.check()
+    assert not sdk.setting("sdk.aws.s3.use_credentials_chain", False)
+    assert os.environ["AWS_CA_BUNDLE"] == "ca.pem"
+
+
 OLD = {"TRAINS_API_HOST": "http://h:1", "TRAINS_API_ACCESS_KEY": "a key", "TRAINS_API_SECRET_KEY": "a secret"}
 BY_TOKEN = {"CLEARML_API_HOST": "http://h:1", "CLEARML_AUTH_TOKEN": "a token"}
 
@@ -152,7 +161,8 @@ BLOCK = '{{"id": 1, "key": "{}\\n"}}'.format
 SHOWN = {
     f"Invalid header value b'{TOKEN}\\n'": "Invalid header value b'***'",
     "a-token%2Fthat%2Bnobody%20may%20see": "***",
-    "key AKIA0123456789ABCD": "key ...ABCD",
+    f"{TOKEN} which is longer": "***",  # and begins with the other one
+    "key AKIA0123456789ABCD, key of-12-bytes/": "key ...ABCD, key ...",
     'near secret_key: "unknown-to-us", {': 'near secret_key: "***", {',
     "http://me:p@ss@host/a@b": "http://***@host/a@b",
     BLOCK("-----BEGIN PRIVATE KEY-----\\nMII/9+\\n-----END PRIVATE KEY-----"): BLOCK("***"),
@@ -166,6 +176,9 @@ SHOWN = {
 def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
     """A word, which is a weak secret, only where it stands alone."""
     variables = {"AWS_SESSION_TOKEN": f"{TOKEN}\n", "CLEARML_API_ACCESS_KEY": "AKIA0123456789ABCD"}
+    variables["TRAINS_API_ACCESS_KEY"] = "of-12-bytes/"
+    monkeypatch.setattr(errors, "hidden", {})
+    errors.register_secret("sdk", {"s3": {"credentials": [{"secret": f"{TOKEN} which is longer"}]}})
     monkeypatch.setattr(os, "environ", os.environ | variables | {"AWS_SECRET_ACCESS_KEY": "wrong"})
     assert errors.redact(text) == shown
     assert errors.redact(f"{shown}; the cure") == f"{shown}; the cure"

@@ -99,6 +99,7 @@ def test_env_file_variable_and_option_in_rising_precedence(monkeypatch: pytest.M
 WRONG = ["--epochs two", "--batch-size -1", "--batch-size 1000000000", "--device nonsense", "--lr nan", "--momentum 1"]
 WRONG += [
     "--nonsense",
+    "--seed 4294967296",
     "--output-uri S3://127.0.0.1:9000/b",
     "--output-uri undefined",
     "--output-uri s3://me:SECRET@h/b",

@@ -23,6 +23,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -305,6 +306,7 @@ def test_a_store_that_dies_costs_no_training(bench: Bench, tmp_path: Path, when:
         bench.connect(store)  # mended: the store at its own port
         again = bench.begin("--resume", f"outputs/{run.task}", "--output-uri", store.uri())
         assert again.end() == 0, again.everything
+        assert not list(bench.home.glob("outputs/*/checkpoint.pt"))
         assert bench.server.tasks[run.task]["status"] == "completed"
         assert "epoch 1/" not in again.stdout
         (key,) = [key for key in store.keys() if key.endswith("models/model.pt")]
@@ -422,11 +424,22 @@ def test_resume_after_kill_9_is_as_if_nothing_had_happened(bench: Bench, uninter
     assert len(bench.read_task(first.task)["models"]) == 1
 
 
+def test_a_checkpoint_waits_for_the_reports_that_it_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = Mock()
+    order.flush.side_effect = lambda **_: [time.sleep(0.2), order.sent()]  # type: ignore[func-returns-value]
+    monkeypatch.setattr("clearml_client.checkpoint.Task.current_task", lambda: order)
+    checkpoint.flush_reports()
+    order.sent.assert_called_once()
+
+
 def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
     begin: Begin, machine: Machine, uninterrupted: Uninterrupted
 ) -> None:
     kill_after("epoch 3/12", begin(*RECIPE))
-    second = begin("--resume")
+    (older := machine.home / "outputs/older/checkpoint.pt").parent.mkdir()
+    older.touch()
+    os.utime(older, (0, 0))
+    second = begin("--resume", "--device", "cpu")
     assert second.end() == 0, second.everything
     found = re.search(r"resumed after epoch (\d+) from \S+, in a new session, which begins there", second.stdout)
     assert found, second.everything
@@ -638,7 +651,7 @@ def test_a_gpu_without_memory_ends_in_one_line(bench: Bench) -> None:
 
 
 # --- names, and other programs ----------------------------------------------------------------------------------------
-NAMES = [("group/sub group/project", "it's [run/1 of/2] (clone)"), ("p" * 220, "🚀" * 18), ("Übung 50%", "№ 1? 🚀 #2")]
+NAMES = [("group/sub group/project", "it's [run/1 of/2] (clone)"), ("p" * 220, "🚀" * 18), ("Ü%1", "№ 1? 🚀 #2")]
 
 
 @pytest.mark.parametrize("where", ["file server", "S3"])

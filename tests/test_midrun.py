@@ -9,9 +9,10 @@ from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from clearml_server import ClearMLServer, Doc
+from clearml_server import ApiError, ClearMLServer, Doc
 from conftest import FEW, Begin, Machine
 from stores import Rclone
 
@@ -25,11 +26,21 @@ def delete(server: ClearMLServer, task: str) -> None:
     del server.tasks[task]
 
 
+def refuse_events(server: ClearMLServer, _: str) -> None:
+    server.events_add_batch = Mock(side_effect=ApiError("no room"))  # type: ignore[method-assign]
+
+
+def forget_the_end(server: ClearMLServer, _: str) -> None:
+    server.tasks_completed = lambda **_: {"updated": 0}  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     ("do", "words"),
     [
         (revoke_keys, r"invalid credentials.*new ones: http://\S+/settings/workspace-configuration"),
         (delete, "somebody has deleted the task on the ClearML server"),
+        (refuse_events, "ClearML lost something: .*no room"),
+        (forget_the_end, "the ClearML server has the task as in_progress"),
     ],
 )
 def test_whatever_becomes_of_keys_or_task_the_training_goes_on(
@@ -65,10 +76,10 @@ def test_a_server_that_was_restarted_with_another_secret_has_everything(
 
 
 @pytest.mark.parametrize("kind", ["file server", "folder", "s3"])
-def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
+def test_an_object_that_the_store_empties_or_loses_fails_the_run(
     begin: Begin, machine: Machine, own_server: ClearMLServer, rclone: Rclone, kind: str
 ) -> None:
-    """Each artifact is registered after its upload: then the picture is emptied."""
+    """Each artifact is registered after its upload: then the picture is emptied, or in the folder the model lost."""
     folder = machine.home / "store"
     uri, store = {
         "file server": ("", own_server.files_folder),
@@ -79,10 +90,12 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
     register = own_server.tasks_add_or_update_artifacts
 
     def empty_and_register(**asked: Any) -> Doc:
-        for path in store.rglob("mistakes.png"):
+        for path in store.rglob("model.pt" if kind == "folder" else "mistakes.png"):
             if kind == "s3":  # it remembers the sizes of its files
                 with closing(rclone.client()) as s3:
                     s3.put_object(Bucket=rclone.bucket, Key=str(path.relative_to(store / rclone.bucket)), Body=b"")
+            elif kind == "folder":
+                path.unlink()
             else:
                 path.write_bytes(b"")
         return register(**asked)
@@ -90,7 +103,8 @@ def test_an_artifact_that_the_store_keeps_empty_fails_the_run(
     own_server.tasks_add_or_update_artifacts = empty_and_register  # type: ignore[assignment,method-assign]
     run = begin("--dry-run", "--output-uri", uri)
     assert run.end() == 1, run.everything
-    assert re.search(r"artifacts/mistakes/mistakes.png has 0 bytes, and not \d+", run.line), run.line
+    words = r"artifacts/mistakes/mistakes.png has 0 bytes, and not \d+"
+    assert re.search("models/model.pt is missing" if kind == "folder" else words, run.line), run.line
     assert ("--output-uri" in run.line) == bool(uri)  # the doctor takes no address of the file server
     assert own_server.tasks[run.task]["status"] == "failed"
 

@@ -66,17 +66,26 @@ ATEXIT = "import atexit; atexit.register(print, 'atexit: {}')"
 THREAD = """import threading, time; from clearml_client import ending
 ending.LAST_RESORT = 5
 threading.Thread(target=time.sleep, args=[600]).start()"""
+UPLOAD = """Path("a ü.txt").write_text("any")
+with guard.verify_upload("a ü.txt"): task.upload_artifact("text", "a ü.txt", wait_on_upload=True)"""
+IN_TIME = """import faulthandler, time; from clearml_client.ending import limit
+later = faulthandler.dump_traceback_later
+faulthandler.dump_traceback_later = lambda seconds, **more: later(seconds - 10, **more)
+with limit(0.5, "what ends in time"): pass
+time.sleep(1)"""
 STOP = """import os, signal, threading
 threading.Timer(0.3, os.{kill}, [os.getpid(), signal.{name}]).start()
 while True:
     for _ in loader:
         pass"""
 ENDINGS = {
-    "the end": ("pass", 0, "completed", ""),
-    "exit 0": ("raise SystemExit(0)", 0, "completed", ""),
+    "the end": (IN_TIME, 0, "completed", ""),
+    "exit 0": (f"{UPLOAD}\nraise SystemExit(0)", 0, "completed", ""),
     "exit 3": ("raise SystemExit(3)", 3, "failed", "error: the script left with sys.exit(3)"),
+    "exit 256": ("raise SystemExit(256)", 1, "failed", "error: the script left with sys.exit(256)"),
     "exit with words": ("raise SystemExit('words')", 1, "failed", "error: words"),
     "a mistake": ("1 / 0", 1, "failed", "error: ZeroDivisionError, see above"),
+    "a mistaken call": ("import requests; requests.Session().mount(1, 2)", 1, "failed", "error: TypeError, see above"),
     "nested": ("with run.guard(): pass", 1, "failed", "run.guard was used before in this process"),
     "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: cannot write a file: No space left"),
     "a thread": (f"{THREAD}\nraise SystemExit('words')", 1, "failed", "error: words"),
@@ -104,7 +113,8 @@ def test_every_end_is_true_and_leaves_nothing(
     said = [line for line in run.stderr.splitlines() if line.startswith("script.py: ")]
     assert len(said) == bool(words), run.everything
     assert words in run.stderr
-    assert ("Traceback" in run.stderr) == (case == "a mistake"), run.everything
+    assert "ABORTED" not in run.stdout + run.stderr  # as the SDK has it of any task that does not run
+    assert ("Traceback" in run.stderr) == case.startswith("a mistake"), run.everything
     assert ("atexit: late\natexit: early\n" in run.stdout) == (case != "a thread")  # which the process waits for
     *_, task = stand_in.tasks.values()
     assert task["status"] == status
@@ -170,8 +180,12 @@ sys.exit(subprocess.run([sys.executable, f"{sys.path[0]}/script.py"]).returncode
 
 
 def test_a_signal_to_a_child_is_the_childs(write: Write, machine: Machine) -> None:
-    """However early it comes: a child that is forked begins with what the guard has set for its own process."""
-    top = """import multiprocessing, os, signal, subprocess, time
+    """However early it comes: a child that is forked begins with what the guard has set for its own process.
+
+    A child's way out of the block is its own, too, and SIGHUP is nobody's under nohup.
+    """
+    top = """import atexit, multiprocessing, os, signal, subprocess, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 early = []
 os.register_at_fork(after_in_child=lambda: early and os.kill(os.getpid(), signal.SIGTERM))"""
     block = """child = subprocess.Popen(["sleep", "600"])
@@ -181,10 +195,15 @@ forked = multiprocessing.Process(target=time.sleep, args=[600])
 forked.start()
 forked.join()
 early.clear()
-print("ended by", child.wait(), forked.exitcode)"""
+if not (left := os.fork()):
+    atexit._clear()  # by which it would end the workers
+    raise SystemExit(3)
+os.kill(os.getpid(), signal.SIGHUP)
+print("ended by", child.wait(), forked.exitcode, os.waitstatus_to_exitcode(os.waitpid(left, 0)[1]))"""
     run = machine.run(write(top=top, block=block))
     assert run.returncode == 0, run.everything
-    assert "ended by -15 -15" in run.stdout
+    assert "ended by -15 -15 3" in run.stdout
+    assert run.stderr == ""
 
 
 ASYNC = "async_enable=False"
@@ -248,6 +267,8 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(
     released.set()
     assert run.returncode == 1, run.everything
     assert words in run.stderr
+    if place == "block":
+        assert [*stand_in.tasks.values()][-1]["status"] == "failed"
     stacks = re.search(f"{STACKS}(.*)", run.stderr)
     assert re.search("script.py.* in (main|<module>)", Path(stacks[1]).read_text() if stacks else run.stderr)
 
@@ -260,6 +281,8 @@ def test_the_users_own_settings_win(write: Write, machine: Machine) -> None:
     assert "[10, False, None, 240]" in run.stdout, run.everything
     machine.configure("api.http.retries { backoff_max: 77, total: 100 }", "sdk.aws.boto3.read_timeout: 300")
     assert "[77, False, 300, 100]" in machine.run(script).stdout
+    machine.variables["CLEARML_CONFIG_PATH"] = str(machine.home)  # a folder of the user's own, without such defaults
+    assert "[77, None, 300, 100]" in machine.run(script).stdout
 
 
 # --- what the modules may use -----------------------------------------------------------------------------------------

@@ -248,10 +248,13 @@ def test_the_packages_that_an_agent_installs(tmp_path: Path, monkeypatch: pytest
 def test_a_module_that_git_does_not_track_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (checkout / "mine_alone.py").touch()
     monkeypatch.syspath_prepend(checkout)
+    monkeypatch.setattr(sys, "base_prefix", str(checkout.parent))  # as /usr is, where a checkout may lie, too
     importlib.import_module("mine_alone")
     with pytest.raises(RunError, match=r"git does not track mine_alone.py: an agent would not have it") as refused:
         check_repository(checkout / "pytorch_mnist.py")
     assert refused.value.cure == "git add mine_alone.py"
+    shell(checkout, refused.value.cure)
+    check_repository(checkout / "clearml_client/doctor.py")  # from a folder below, of which git lists the files alone
 
 
 def test_what_is_refused_leaves_no_task(machine: Machine, online: ClearMLServer, checkout: Path) -> None:

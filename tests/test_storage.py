@@ -1,8 +1,10 @@
 """Where the model goes: each kind of storage that docs/storage.md has. How it fails is in test_faults.py."""
 
+import os
 import re
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from clearml_server import ClearMLServer
@@ -105,7 +107,7 @@ def test_the_model_arrives(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
-def test_a_listing_has_more_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_has_more_than_a_page_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a listing says of a bucket that is not there, or of a store that is down, is in test_cleanup.py."""
     folder, names = tmp_path / "data/models", {f"list/deep/{number}" for number in range(1001)}
     (folder / "list/deep").mkdir(parents=True)
@@ -117,3 +119,6 @@ def test_a_listing_has_more_than_a_page(tmp_path: Path, monkeypatch: pytest.Monk
         store = storage.open_store("s3://models")
         with closing(store.bucket.meta.client):
             assert {*store.list("list/")} == names
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(storage.StorageError, match="cannot list: forbidden"):
+        storage.Folder(str(tmp_path)).list(f"{folder}/list/")

@@ -31,9 +31,10 @@ def train(monkeypatch: pytest.MonkeyPatch, batch_size: int, log_interval: int) -
     monkeypatch.setattr("pytorch_mnist.Logger.current_logger", lambda: logger)
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", None)  # the set is one tensor, and needs no workers
     images, labels = (tensor[:512] for tensor in pytorch_mnist.load_mnist(ROOT / "data", "t10k"))
-    options = {"--lr": 0.1, "--weight-decay": 0, "--batch-size": batch_size, "--log-interval": log_interval}
+    options = {"--momentum": 0, "--weight-decay": 0.1, "--batch-size": batch_size, "--log-interval": log_interval}
     args = pytorch_mnist.make_parser().parse_args([str(word) for option in options.items() for word in option])
     parts = pytorch_mnist.build(args, torch.device("cpu"), steps=-(-512 // batch_size))
+    assert parts["optimizer"].param_groups[0]["weight_decay"] == 0.1
     with Reads() as reads:
         pytorch_mnist.train(args, parts, images, labels, 1, shift=1)
     assert len(values["train batch"]) == len(values["OneCycleLR"])
@@ -51,3 +52,13 @@ def test_the_rate_rises_and_falls_in_five_steps_too(monkeypatch: pytest.MonkeyPa
     _, rates = train(monkeypatch, 103, log_interval=1)
     assert len(rates) == 5
     assert rates[0] < rates[1] > rates[2] > rates[3] > 1000 * rates[4]
+
+
+def test_each_eighth_of_a_batch_is_shifted_by_itself() -> None:
+    torch.manual_seed(1)
+    dots = torch.zeros(64, 1, 9, 9)
+    dots[..., 4, 4] = 1
+    places = pytorch_mnist.augment(dots, 2).flatten(1).argmax(dim=1).view(8, 8)
+    assert (places == places[:, :1]).all()
+    assert len(places.unique()) > 4
+    assert (torch.stack([places // 9, places % 9]) - 4).abs().max() == 2

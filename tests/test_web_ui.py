@@ -183,7 +183,7 @@ def has_every_line_of_the_console_once(shown: Shown) -> None:
 def a_clone_trains_as_it_was_changed(shown: Shown) -> None:
     """Run as clearml-agent runs it, see test_queue.py: the task to take its arguments from is in CLEARML_TASK_ID."""
     machine = shown.machine
-    changes = ["Args/epochs", 1, "Args/batch_size", 1000, "Args/dry_run", True, "Augmentation/shift", 0]
+    changes = ["Args/epochs", 2, "Args/batch_size", 1000, "Args/dry_run", True, "Augmentation/shift", 0]
     task_id = machine.run("tests/programs/clone.py", shown.task["id"], *changes).stdout.split()[-1]
     run = machine.train("--data-dir", mnist(1500, 1000), CLEARML_TASK_ID=task_id)
     assert run.returncode == 0, run.stderr
