@@ -167,8 +167,8 @@ def fit(args: Namespace, task: Task, guard: run.guard, progress: checkpoint.Prog
         train_loss = train(args, parts, images, labels, epoch, augmentation["shift"])
         speed = round(len(images) / (time.perf_counter() - begin))
         log_probs, test_loss, accuracy = test(args, net, test_images.to(device), test_labels)
-        if not math.isfinite(train_loss + test_loss):
-            sys.exit(f"the loss is {train_loss + test_loss} in epoch {epoch}: try a smaller --lr")
+        if not math.isfinite(test_loss):
+            sys.exit(f"the loss is {test_loss} in epoch {epoch}: try a smaller --lr")
         logger.report_scalar("loss", "train", train_loss, epoch * steps)
         logger.report_scalar("loss", "test", test_loss, epoch * steps)
         logger.report_scalar("accuracy", "test", accuracy, epoch * steps)
