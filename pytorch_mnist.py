@@ -253,9 +253,9 @@ def make_parser() -> ArgumentParser:
     style, uri = ArgumentDefaultsHelpFormatter, os.getenv("CLEARML_OUTPUT_URI", "")
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
     parser.add_argument("--project-name", type=name, default="mnist-training-poc", help="project")
-    parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="task name")
-    parser.add_argument("--tags", nargs="+", default=[], help="tags of the task")
-    where = "s3://..., gs://..., azure://... or a folder (default: CLEARML_OUTPUT_URI=%(default)s)"
+    parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="name of the task")
+    parser.add_argument("--tags", nargs="+", default=[], help="tags, to filter tasks by")
+    where = "for the model: s3://..., gs://... or folder (default: CLEARML_OUTPUT_URI=%(default)s)"
     parser.add_argument("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     parser.add_argument("--offline", action="store_true", help="use no server: record a session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue to send the run to")
@@ -271,8 +271,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--log-interval", type=count, default=100, help="batches between reports")
     parser.add_argument("--data-dir", type=Path, default=DATA, help="MNIST, downloaded if missing")
     parser.add_argument("--dry-run", action="store_true", help="train a single batch")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for local files")
-    parser.add_argument("--resume", nargs="?", const="", help="checkpoint to go on from, or newest")
+    parser.add_argument("--output-dir", type=Path, default="outputs", help="folder for local files")
+    parser.add_argument("--resume", nargs="?", const="", help="go on from a checkpoint, or newest")
     return parser
 
 
