@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from uuid import uuid4
 
 import pytest
+import zygote
 from clearml_server import ClearMLServer
 from keeper import keep
 from stores import FakeGCS, Rclone, SeaweedFS, Store
@@ -36,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # so that tests can import Net from the script
 SECRETS = (Store.secret_key, SeaweedFS.READER[1], ClearMLServer.secret_key, "a-wrong-secret")
 CONFIGURATION = re.compile(r"\.env|.*\.(conf|cfg)|credentials|identities\.json|log\.txt|.*-ubyte(\.gz)?|.*\.py|weed.*")
 
-FEW = ("--batch-size", 200, "--log-interval", 1)  # an epoch of three batches
+FEW = ("--batch-size", 100, "--log-interval", 1)  # an epoch of three batches
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 # What a user's machine may have set, and a test must not see. Without bytecode each start takes seconds longer.
@@ -73,7 +75,7 @@ def mnist(train: int, test: int) -> Path:
 class Machine:
     """A user's machine: a HOME, a folder to work in, and variables. Its scripts are those of the checkout.
 
-    It trains on a hundredth of MNIST, if on no other `--data-dir`; `whole`, on what the script has by default.
+    It trains on a bit of MNIST, if on no other `--data-dir`; `whole`, on what the script has by default.
     """
 
     home: Path
@@ -96,7 +98,7 @@ class Machine:
         command = [*map(str, (script if str(script).startswith(("-m", "./")) else ROOT / script, *arguments))]
         is_training = "pytorch_mnist.py" in {Path(part).name for part in command}
         if is_training and "--data-dir" not in command and not self.whole:
-            command += ["--data-dir", str(mnist(600, 200))]
+            command += ["--data-dir", str(mnist(300, 200))]
         environment = self.environment
         forked = not self.fresh and early(environment) == early(Machine(ROOT).environment)
         if script == "-m" and not forked:
@@ -366,6 +368,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(keep())
         if not Machine.fresh:
             config.add_cleanup(start_zygote(Machine(ROOT).environment))
+            workers = len(config.option.tx)  # which are forks, too
+            config.option.tx = [f"popen//python={shlex.join([sys.executable, zygote.__file__])}"] * workers
 
 
 @pytest.hookimpl(trylast=True)

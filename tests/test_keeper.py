@@ -15,7 +15,7 @@ import subprocess, time
 from pathlib import Path
 
 def test_that_takes_long(begin, rclone):
-    begin("--offline", "--epochs", 10_000, "--batch-size", 200).wait_for("epoch 1/")
+    begin("--offline", "--epochs", 10_000, "--batch-size", 100).wait_for("epoch 1/")
     subprocess.Popen(["sh", "-c", "setsid sleep 1000 & sleep 1000"], start_new_session=True)
     Path(__file__).with_name("all are running").touch()
     time.sleep(1000)

@@ -26,7 +26,7 @@ from clearml_client.errors import RunError
 
 NOT_PUSHED = "git commit --quiet --allow-empty --message 'of today'"
 PRODUCT = (".gitattributes", ".gitignore", "clearml_client", "pyproject.toml", "pytorch_mnist.py", "uv.lock")
-ARGUMENTS = ("--batch-size", 100, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
+ARGUMENTS = ("--batch-size", 50, "--log-interval", 1, "--project-name", "queued", "--task-name", "from here")
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +40,9 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of this repository, with a hundredth of MNIST, cloned from a remote and like it."""
+    """A checkout of this repository, with a bit of MNIST, cloned from a remote and like it."""
     checkout = tmp_path_factory.mktemp("original") / "checkout"
-    shutil.copytree(mnist(600, 200), checkout / "data")
+    shutil.copytree(mnist(300, 200), checkout / "data")
     for name in PRODUCT:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)

@@ -229,7 +229,7 @@ def test_an_offline_run_asks_nobody_and_stores_in_a_folder_by_any_name(machine: 
 # --- going on, streams, notebooks -------------------------------------------------------------------------------------
 def test_the_command_to_go_on_starts_from_anywhere(begin: Begin, machine: Machine, tmp_path: Path) -> None:
     """Data and checkpoint were named from the folder in which the run began."""
-    (machine.home / "data").symlink_to(mnist(600, 200))
+    (machine.home / "data").symlink_to(mnist(300, 200))
     stopped = begin("--data-dir", "data", *FEW, "--epochs", 1000)
     stopped.wait_for("epoch 1/")
     stopped.process.terminate()
