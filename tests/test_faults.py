@@ -591,7 +591,7 @@ def small_disk(bench: Bench) -> Iterator[Callable[..., Path]]:
     folder.mkdir()
 
     def make(*files: Path) -> Path:
-        size = sum(file.stat().st_size + 4096 for file in files) + 16384
+        size = sum(file.stat().st_size + 4096 for file in files) + 8192
         mount("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
         return folder
 
@@ -606,7 +606,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint_whole(
 ) -> None:
     fits = ["saved.pt"] if full_at == "checkpoint.pt" else ["saved.pt", "model.pt"]
     small_disk(*(uninterrupted.folder / name for name in fits))
-    run = bench.train("--epochs", epochs)
+    run = bench.train("--epochs", epochs, "--batch-size", 20, "--lr", 0.1)  # with many mistakes, of which to draw some
     bench.ends(run, "the disk is full", 1, "cannot write ", ": No space left on device")
     if full_at == "checkpoint.pt":  # of the picture, the library that writes it names no file
         assert f"cannot write outputs/{run.task}/checkpoint.pt: No space" in run.line
