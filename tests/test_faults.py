@@ -651,7 +651,7 @@ def test_a_gpu_without_memory_ends_in_one_line(bench: Bench) -> None:
 
 
 # --- names, and other programs ----------------------------------------------------------------------------------------
-NAMES = [("group/sub group/project", "it's [run/1 of/2] (clone)"), ("p" * 220, "🚀" * 18), ("Ü%1", "№ 1? 🚀 #2")]
+NAMES = [("group/sub group/Ü%1", "it's [run/1 of/2] № 1? 🚀 #2 (clone)"), ("p" * 220, "🚀" * 18)]
 
 
 @pytest.mark.parametrize("where", ["file server", "S3"])

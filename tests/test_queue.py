@@ -107,7 +107,7 @@ def test_an_agent_trains_what_was_queued(
 ) -> None:
     """With the user's own change, and without what uv adds to the committed pins: more than the SDK stores in all.
 
-    A device that only the agent may have is not refused here; a clone has another, and other values, which count.
+    A device that only an agent may have is not refused here. A clone has another, and other values, which count.
     """
     target = f"s3://{rclone.bucket}/queued"
     machine.variables |= {"CLEARML_OUTPUT_URI": target, **rclone.environment()}
@@ -115,17 +115,18 @@ def test_an_agent_trains_what_was_queued(
     script.write_text(script.read_text().replace("CLASSES = ", 'print("an uncommitted change")\nCLASSES = ', 1))
     with open(checkout / "uv.lock", "a") as lock:
         lock.write("# what uv adds\n" * 600_000)
-    failed = online.tasks[queue(machine, checkout, "--device", "cuda:7")]
-    assert failed["status"] == "queued"
-    assert "an uncommitted change" in failed["script"]["diff"]
-    assert "what uv adds" not in failed["script"]["diff"]
-    assert failed["script"]["requirements"]["pip"].splitlines() == requirements()
-    assert arguments(failed).keys() & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
-    other = str(online.tasks_clone(task=failed["id"])["id"])  # as in the web UI
+    queued = online.tasks[queue(machine, checkout, "--device", "cuda:7")]
+    assert queued["status"] == "queued"
+    assert "an uncommitted change" in queued["script"]["diff"]
+    assert "what uv adds" not in queued["script"]["diff"]
+    assert queued["script"]["requirements"]["pip"].splitlines() == requirements()
+    assert arguments(queued).keys() & {"data_dir", "output_dir", "offline", "queue", "resume"} == set()
+    other = str(online.tasks_clone(task=queued["id"])["id"])  # as in the web UI
     completed = online.tasks[other]
     for name, value in {"device": "cpu", "epochs": "2", "lr": "0.05"}.items():
         completed["hyperparams"]["Args"][name]["value"] = value
     asked = arguments(completed)
+    online.tasks_dequeue(task=queued["id"])
     online.tasks_enqueue(task=other, queue_name="default")
 
     shutil.move(checkout, checkout.with_name("moved"))
@@ -134,9 +135,7 @@ def test_an_agent_trains_what_was_queued(
     keys = keys.replace("https://storage.example.com:9000", rclone.endpoint)  # no CLEARML_OUTPUT_URI
     daemon = start_agent("daemon", "--queue", "default", "--foreground", configuration=keys)
     wait_until(lambda: completed["status"] in ("completed", "failed"), daemon)
-    assert [task["status"] for task in (failed, completed)] == ["failed", "completed"], console(online, other)
-    assert "argument --device: no device 'cuda:7' on this machine" in console(online, failed["id"])
-    assert "exit code 2" in failed["status_reason"]
+    assert completed["status"] == "completed", console(online, other)
     assert "an uncommitted change" in console(online, other)
     assert arguments(completed) == asked
     assert completed["output"]["destination"] == target

@@ -14,7 +14,7 @@ from conftest import FEW, Begin, Machine, blocks, copy_script, mnist
 from reading import stored_curves
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-TWO = ("--standalone", "--nproc-per-node", 2)
+PROCESSES = ("--standalone", "--nproc-per-node")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_two_processes_train_as_one_does(begin: Begin, machine: Machine, online:
     options = ["--data-dir", mnist(6000, 1000), "--epochs", 1, "--log-interval", 10]
     alone = machine.train(*options)
     assert alone.returncode == 0, alone.everything
-    both = begin(*TWO, patched, *options, script=TORCHRUN)
+    both = begin(*PROCESSES, 2, patched, *options, script=TORCHRUN)
     assert both.end() == 0, both.everything
     one, two = (stored_curves(online, run.task) for run in (alone, both))
     assert list(online.tasks) == [alone.task, both.task]
@@ -41,17 +41,17 @@ def test_two_processes_train_as_one_does(begin: Begin, machine: Machine, online:
 
 
 @pytest.mark.parametrize(
-    ("killed", "number", "status"),
+    ("count", "killed", "number", "status"),
     [
-        ("rank 1", signal.SIGKILL, "failed"),
-        ("torchrun", signal.SIGTERM, "failed"),
-        ("torchrun", signal.SIGINT, "stopped"),
+        (2, "rank 1", signal.SIGKILL, "failed"),
+        (1, "torchrun", signal.SIGTERM, "failed"),
+        (2, "torchrun", signal.SIGINT, "stopped"),
     ],
 )
 def test_the_end_of_one_process_ends_all(
-    begin: Begin, online: ClearMLServer, patched: Path, killed: str, number: int, status: str
+    begin: Begin, online: ClearMLServer, patched: Path, count: int, killed: str, number: int, status: str
 ) -> None:
-    run = begin(*TWO, patched, *FEW, "--epochs", 10_000, script=TORCHRUN)
+    run = begin(*PROCESSES, count, patched, *FEW, "--epochs", 10_000, script=TORCHRUN)
     run.wait_for("epoch 2/")
     ranks = [process for process in psutil.Process(run.process.pid).children() if "RANK" in process.environ()]
     victims = {process.environ()["RANK"]: process.pid for process in ranks} | {"torchrun": run.process.pid}
