@@ -287,12 +287,14 @@ class Plug:
 
 
 class Front:
-    """A port before a store's that refuses what a rule matches, and passes on all other requests.
+    """A port before a store's that refuses what a rule matches, or never answers it, and passes on all other requests.
 
     The rule is a regular expression for "0 GET /path headers", or with the store's own status in place of 0.
     """
 
-    def __init__(self, store: Store, rule: str, refusal: str, seconds: float = 0) -> None:
+    def __init__(self, store: Store, rule: str, refusal: str = "", seconds: float = 0, silent: bool = False) -> None:
+        self.refused = refused = threading.Event()
+
         class Request(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -309,6 +311,8 @@ class Front:
                         reply = there.getresponse()
                         status, headers, content = reply.status, dict(reply.getheaders()), reply.read()
                 if self.is_refused(status):
+                    refused.set()
+                    time.sleep(3600 if silent else 0)
                     status, headers, content = 403, {}, f"<Error><Code>{refusal}</Code></Error>".encode()
                 headers = {"Content-Length": str(len(content))} | headers | {"Connection": "close"}
                 self.send_response_only(status)
