@@ -21,7 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partialmethod
+from functools import cache, partialmethod
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
@@ -86,8 +86,14 @@ class Forked:
 
 
 # --- the other end ----------------------------------------------------------------------------------------------------
-def trust_the_schemas() -> None:
-    """Let the SDK check each request by its schema, but not the schema as well each time: a tenth of a run's CPU."""
+def prepare() -> None:
+    """Import, and do beforehand what each run would do again in the same way."""
+    modules = {name: importlib.import_module(name) for name in HEAVY.split()}
+    # The descriptions of Amazon's services: one loader for all sessions.
+    session: Any = importlib.import_module("botocore.session")
+    session.create_loader = cache(session.create_loader)
+    modules["boto3"].Session("any", "any", region_name="us-east-1").resource("s3").meta.client.close()
+    # The SDK checks each request by its schema, and each time the schema itself.
     validators: Any = importlib.import_module("jsonschema.validators")
     extend = validators.extend
 
@@ -97,6 +103,9 @@ def trust_the_schemas() -> None:
         return validator
 
     validators.extend = trusting
+    # The files of all modules, for which it asks whenever it makes a logger.
+    sys.modules["zygote"] = sys.modules["__main__"]
+    inspect.getmodule(sys._getframe())
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
@@ -187,11 +196,7 @@ if __name__ == "__main__":
         sys.exit(Forked(sys.argv[1:], Path.cwd(), dict(os.environ), 0, 1, 2).wait() & 0xFF)
     listener = socket.socket(fileno=int(sys.argv[1]))
     select.select([listener], [], [])  # there are tests that start nothing
-    for module in HEAVY.split():
-        importlib.import_module(module)
-    sys.modules["zygote"] = sys.modules["__main__"]
-    inspect.getmodule(sys._getframe())  # it learns the files of all modules, for which the SDK asks again and again
-    trust_the_schemas()
+    prepare()
     faulthandler.register(signal.SIGUSR2)  # what a test asks for when it gives a run up
     gc.collect()
     gc.freeze()  # the collections of a fork leave alone what was made here: a fifth of the CPU time of a run
