@@ -136,7 +136,7 @@ def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> Non
     machine.configure(script.stdout)
     assert [f":{port}" in script.stdout for port in ports] == [True] * 3
     run = machine.train("--dry-run")
-    assert (run.returncode, "Stored: http" in run.stdout) == (0, True), run.everything
+    assert "Stored: http" in run.stdout
     script.signal(signal.SIGINT)
     script.waiting.join(HANGS)
     assert (script.returncode, script.stderr) == (0, "")

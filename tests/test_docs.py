@@ -76,7 +76,6 @@ def test_commands_run_and_print_what_the_page_shows(
         first, second, *words = shlex.split(command, comments=True)
         assert (first, second) == ("uv", "run"), f"mark what no test can run: {command}"
         done = machine.run(*words, *["--yes"] * ("--delete" in words))  # here is no terminal on which it could ask
-        assert done.returncode == 0, done.everything
         printed += done.stdout.replace(rclone.host, "storage.example.com:9000")
     figures = re.compile(r"[0-9a-f]{32}|[\d,.]+")
     shown = figures.sub("0", "".join(fenced(PAGES[page], "text")))
@@ -89,15 +88,14 @@ def test_the_calls_of_the_readme_are_a_whole_script(machine: Machine, online: Cl
     (machine.home / "clearml_client").symlink_to(ROOT / "clearml_client")
     (machine.home / "line.py").write_text(fenced(PAGES["README.md"], "python")[0])
     run = machine.run(machine.home / "line.py")
-    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stderr == ""
     task = online.tasks[run.task]
     (model,) = [model for model in online.models.values() if model["task"] == run.task]
     assert (task["status"], task["name"]) == ("completed", "line")
     assert [*stored_curves(online, run.task)["loss", "train"]] == [*range(100)]
     assert re.fullmatch(f"file://{machine.home}/store/.*/models/line.pt", model["uri"])
     assert read(machine.home / "line.pt")["weight"].item() == pytest.approx(3, abs=0.5)
-    alone = replace(machine, variables={"CLEARML_OFFLINE_MODE": "1"}).run(machine.home / "line.py")
-    assert alone.returncode == 1
+    alone = replace(machine, variables={"CLEARML_OFFLINE_MODE": "1"}).run(machine.home / "line.py", code=1)
     assert alone.stderr.startswith("line.py: error: OutputModel needs a ClearML server; offline, task.upload_artifact")
 
 
@@ -132,8 +130,7 @@ def test_the_model_comes_back(machine: Machine, online: ClearMLServer, rclone: R
     (block,) = blocks("Use the model")
     program = ""
     for name, target in targets.items():
-        run = machine.train(*DEMO, name, *training, "--output-uri", target)
-        assert run.returncode == 0, run.stderr
+        machine.train(*DEMO, name, *training, "--output-uri", target)
         program += block.replace('"first"', repr(name))
     for module in ("pytorch_mnist.py", "clearml_client"):  # "in the checkout"
         (machine.home / module).symlink_to(ROOT / module)
@@ -154,7 +151,6 @@ def test_what_the_page_turns_off_is_not_sent(machine: Machine, online: ClearMLSe
     machine.configure(online.configuration(), setting)
     machine.variables["CLEARML_WORKER_NAME"] = "somewhere"
     run = machine.run(script, "--dry-run")
-    assert run.returncode == 0, run.everything
     sent = repr([online.tasks[run.task], online.events[run.task]])
     assert "https://git.invalid/repository" in sent
     for word in ("a-password", "# uncommitted", "epoch 1/1", f"'{socket.gethostname()}'"):

@@ -97,7 +97,6 @@ def queue(machine: Machine, checkout: Path, *arguments: object) -> str:
     """The task that the script has put into the queue `default`, from the checkout, where the README has it started."""
     run = machine.run("./pytorch_mnist.py", "--queue", "default", *arguments, *ARGUMENTS, cwd=checkout)
     found = re.search(r"Switching to remote execution, output log page \S+/tasks/(\w+)/", run.everything)
-    assert run.returncode == 0, run.everything
     assert found, "it names the page where to look"
     return found[1]
 
@@ -263,8 +262,7 @@ def test_what_is_refused_leaves_no_task(machine: Machine, online: ClearMLServer,
         (checkout / "pytorch_mnist.py", "default", "is not pushed: an agent cannot get it; git push"),
         (ROOT / "pytorch_mnist.py", "defualt", "no queue 'defualt' on the ClearML server; its queues: default"),
     ):
-        run = machine.run(script, "--queue", queue)
-        assert run.returncode == 1
+        run = machine.run(script, "--queue", queue, code=1)
         assert run.stderr.splitlines() == [run.line]
         assert words in run.line
     assert len(online.tasks) == before
@@ -279,7 +277,6 @@ def test_what_is_refused_leaves_no_task(machine: Machine, online: ClearMLServer,
     ],
 )
 def test_a_queue_without_a_name_or_a_server_is_wrong_use(machine: Machine, arguments: list[str], words: str) -> None:
-    run = machine.run("pytorch_mnist.py", *arguments)
-    assert run.returncode == 2
+    run = machine.run("pytorch_mnist.py", *arguments, code=2)
     assert words in run.line
     assert not list(machine.home.glob("outputs/*"))

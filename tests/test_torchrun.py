@@ -29,7 +29,6 @@ def patched(tmp_path: Path) -> Path:
 def test_two_processes_train_as_one_does(begin: Begin, machine: Machine, online: ClearMLServer, patched: Path) -> None:
     options = ["--data-dir", mnist(6000, 1000), "--epochs", 1, "--log-interval", 10]
     alone = machine.train(*options)
-    assert alone.returncode == 0, alone.everything
     both = begin(*PROCESSES, 2, patched, *options, script=TORCHRUN)
     assert both.end() == 0, both.everything
     one, two = (stored_curves(online, run.task) for run in (alone, both))
@@ -65,12 +64,10 @@ def test_the_end_of_one_process_ends_all(
 
 def test_without_the_patch_it_is_refused(machine: Machine) -> None:
     """In each process, by what torchrun sets for it."""
-    run = machine.train("--dry-run", TORCHELASTIC_RUN_ID="none", RANK="0", WORLD_SIZE="2")
-    assert run.returncode == 2
+    run = machine.train("--dry-run", TORCHELASTIC_RUN_ID="none", RANK="0", WORLD_SIZE="2", code=2)
     assert run.stderr.splitlines() == [run.line]
     assert "torchrun would start a run in each process: see docs/beyond-one-machine.md" in run.line
 
 
 def test_variables_that_another_launcher_left_are_of_no_account(machine: Machine) -> None:
-    run = machine.train("--dry-run", RANK="0", WORLD_SIZE="", MASTER_ADDR="nowhere.invalid")
-    assert run.returncode == 0, run.everything
+    machine.train("--dry-run", RANK="0", WORLD_SIZE="", MASTER_ADDR="nowhere.invalid")
