@@ -154,6 +154,18 @@ def test_the_block_may_stand_outside_of_any_function(write: Write, machine: Mach
     assert (machine.home / "late.txt").read_text() == "flushed"
 
 
+DRIVER = """import subprocess, sys
+from clearml import Task
+Task.init("own project", "driver")
+sys.exit(subprocess.run([sys.executable, f"{sys.path[0]}/driven.py"]).returncode)
+"""
+DRIVEN = """from clearml_client import run
+from clearml import Task
+with run.guard() as guard:
+    Task.init("own project", "driven", output_uri=guard.output_uri)
+"""
+
+
 def test_a_run_that_another_program_starts_has_a_task_of_its_own(
     write: Write, machine: Machine, stand_in: ClearMLServer
 ) -> None:
@@ -161,14 +173,11 @@ def test_a_run_that_another_program_starts_has_a_task_of_its_own(
     machine.configure(stand_in.configuration())
     before = set(stand_in.tasks)
     driver = write().with_name("driver.py")
-    driver.write_text("""import subprocess, sys
-from clearml import Task
-Task.init("own project", "driver")
-sys.exit(subprocess.run([sys.executable, f"{sys.path[0]}/script.py"]).returncode)
-""")
+    driver.write_text(DRIVER)
+    driver.with_name("driven.py").write_text(DRIVEN)
     machine.run(driver)
     new = [task for key, task in stand_in.tasks.items() if key not in before]
-    assert [(task["name"], task["status"]) for task in new] == [("driver", "completed"), ("own task", "completed")]
+    assert [(task["name"], task["status"]) for task in new] == [("driver", "completed"), ("driven", "completed")]
 
 
 def test_a_signal_to_a_child_is_the_childs(write: Write, machine: Machine) -> None:

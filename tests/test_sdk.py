@@ -3,7 +3,6 @@
 import inspect
 
 import clearml.utilities.resource_monitor
-import pytest
 from clearml import Logger, Task
 from clearml.backend_interface.metrics.reporter import Reporter
 from clearml.backend_interface.task.development.worker import DevWorker
@@ -36,13 +35,3 @@ def test_every_private_name_is_still_there() -> None:
     assert "_task_handler" in Logger.__init__.__code__.co_names  # the handler of the console
     assert "http_retries_config" in inspect.signature(sdk.Session.__init__).parameters
     assert "self._session_timeout" in inspect.getsource(sdk.Session)  # there it is in any case: sdk.py has set it
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the SDK's pyparsing
-def test_settings_can_be_read_changed_and_forgotten() -> None:
-    sdk.forget_settings()
-    before = sdk.setting("sdk.aws.s3.use_credentials_chain", None)
-    sdk.put("sdk.aws.s3.use_credentials_chain", "changed")
-    assert sdk.setting("sdk.aws.s3.use_credentials_chain") == "changed"
-    sdk.forget_settings()
-    assert sdk.setting("sdk.aws.s3.use_credentials_chain", None) == before
