@@ -156,11 +156,14 @@ def test_the_block_may_stand_outside_of_any_function(write: Write, machine: Mach
 
 DRIVER = """import subprocess, sys
 from clearml import Task
+Task._report_subprocess_enabled = False  # which takes ten seconds to end
 Task.init("own project", "driver")
 sys.exit(subprocess.run([sys.executable, f"{sys.path[0]}/driven.py"]).returncode)
 """
-DRIVEN = """from clearml_client import run
+DRIVEN = """import clearml_client
+clearml_client.prepare_environment()
 from clearml import Task
+from clearml_client import run
 with run.guard() as guard:
     Task.init("own project", "driven", output_uri=guard.output_uri)
 """
