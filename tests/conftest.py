@@ -354,7 +354,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """More than cores, since a run waits, too. None for a few files, whose output is wanted as it comes."""
-    return 3 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+    return 4 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -167,7 +167,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.waits) if name == "silent" else name for name in FAULTS]
+    "name", [pytest.param(name, marks=pytest.mark.waits) if "silent" in name else name for name in FAULTS]
 )
 def test_what_is_wrong_is_named_before_anything_exists(
     bench: Bench, rclone: Rclone, rclone_tls: Rclone, seaweed: SeaweedFS, gcs: FakeGCS, name: str
@@ -261,6 +261,7 @@ def test_a_server_that_dies_and_comes_back_has_everything(bench: Bench) -> None:
     assert Path(model["file"]).read_bytes() == bench.outputs("model.pt").read_bytes()
 
 
+@pytest.mark.waits
 def test_a_server_that_stays_away_costs_no_training(bench: Bench, tmp_path: Path) -> None:
     """The run waits a minute for it; here, by a copy of the script, ten seconds. `atexit` functions run even then."""
     script = copy_script(tmp_path / "copy")

@@ -273,10 +273,14 @@ def test_a_hang_ends_with_the_stacks_of_all_threads(
     assert re.search("script.py.* in (main|<module>)", Path(stacks[1]).read_text() if stacks else run.stderr)
 
 
+START = "import clearml_client\nclearml_client.prepare_environment()"
+
+
 def test_the_users_own_settings_win(write: Write, machine: Machine) -> None:
     keys = "'api.http.retries.backoff_max', 'sdk.development.report_use_subprocess', 'sdk.aws.boto3.read_timeout', "
     keys += "'api.http.retries.total'"
-    script = write(block=f"from clearml_client import sdk\nprint(list(map(sdk.setting, [{keys}])))")
+    script = write().with_name("settings.py")
+    script.write_text(f"{START}\nfrom clearml_client import sdk\nprint(list(map(sdk.setting, [{keys}])))")
     run = machine.run(script)
     assert "[10, False, None, 240]" in run.stdout, run.everything
     machine.configure("api.http.retries { backoff_max: 77, total: 100 }", "sdk.aws.boto3.read_timeout: 300")

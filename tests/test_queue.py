@@ -147,6 +147,7 @@ def test_an_agent_trains_what_was_queued(
     assert rclone.get(model["url"].removeprefix(f"s3://{rclone.bucket}/")) == trained.read_bytes()
 
 
+@pytest.mark.waits
 def test_a_task_that_is_aborted_is_stopped_and_begins_anew_when_it_is_queued_again(
     machine: Machine, online: ClearMLServer, checkout: Path, start_agent: Callable[..., Run]
 ) -> None:
