@@ -6,6 +6,7 @@ stands in.
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,16 @@ def test_the_file_server_wants_a_token_and_notes_what_it_does_not_know(server: C
     assert server.unknown.pop() == "file server: PUT /a"
     codes = [requests.get(url, headers=these, timeout=60).status_code for these in (headers, {})]
     assert codes == [200, 401]
+
+
+def test_half_a_request_of_a_process_that_ends_is_none(server: ClearMLServer) -> None:
+    with socket.create_connection(("127.0.0.1", int(server.api_url.rpartition(":")[2]))) as client:
+        client.sendall(b"GET /tasks.edit HTTP/1.0\r\nContent-Length: 100\r\n\r\n{")
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(10_000):
+            pass
+    assert not server.unknown
+    assert not server.requests
 
 
 def test_as_a_script_it_prints_the_configuration_for_it(machine: Machine) -> None:
