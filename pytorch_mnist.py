@@ -255,7 +255,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--project-name", type=name, default="mnist-training-poc", help="project")
     parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="name of the task")
     parser.add_argument("--tags", nargs="+", default=[], help="tags, to filter tasks by")
-    where = "for the model: s3://..., gs://... or folder (default: CLEARML_OUTPUT_URI=%(default)s)"
+    where = "to s3://..., gs://..., azure://... or folder (default: CLEARML_OUTPUT_URI=%(default)s)"
     parser.add_argument("--output-uri", type=storage_uri, default=uri, metavar="URI", help=where)
     parser.add_argument("--offline", action="store_true", help="use no server: record a session")
     parser.add_argument("--queue", metavar="NAME", help="ClearML queue to send the run to")

@@ -17,13 +17,15 @@ from typing import Any
 import dotenv
 from dotenv.parser import parse_stream
 
+from clearml_client.errors import RunError
+
 DOTENV = Path(__file__).resolve().parent.parent / ".env"
 OUTSIDE = dict(os.environ)  # what was set before .env was read
 NAMES = {"CLEARML_OUTPUT_URI", "CLEARML_API_HOST", "CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY"}
-NAMES |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"}  # .env may have others, but none so similar
+NAMES |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"}
 ENVIRONMENT = re.compile("(AWS|AZURE|CLEARML|GOOGLE|TRAINS)_")
 
-dotenv_problem = ""  # why .env cannot be used; configuration.check() raises it
+dotenv_problem: RunError | None = None  # why .env cannot be used; configuration.check() raises it
 for name in ("stdin", "stdout", "stderr"):  # closed by whoever started us: the next file would take its number
     if getattr(sys, name) is None:
         setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -40,18 +42,14 @@ def prepare_environment() -> None:
     sys.excepthook = shorten_interrupt
     try:
         text = DOTENV.read_text(encoding="utf-8-sig") if DOTENV.is_file() else ""
-        for binding in parse_stream(StringIO(text)):
-            place, key = f"{DOTENV}, line {binding.original.line}", binding.key or ""
-            if binding.error:
-                dotenv_problem = dotenv_problem or f"{place}: not understood; write NAME=value"
-            elif key not in NAMES and (meant := get_close_matches(key, NAMES, 1, 0.93)):
-                dotenv_problem = dotenv_problem or f"{place}: there is no {key}; write {meant[0]}"
-        if not dotenv_problem:
-            dotenv.load_dotenv(stream=StringIO(text))
+        check_lines(text)
+        dotenv.load_dotenv(stream=StringIO(text))
+    except RunError as error:
+        dotenv_problem = error
     except UnicodeDecodeError:
-        dotenv_problem = f"{DOTENV} is no text file in UTF-8: save it as one"
+        dotenv_problem = RunError(f"{DOTENV} is no text file in UTF-8", "save it as one")
     except OSError as error:
-        dotenv_problem = f"{DOTENV} cannot be read: {error.strerror}"
+        dotenv_problem = RunError(f"{DOTENV} cannot be read: {error.strerror}", "correct it")
     for name, value in list(os.environ.items()):
         if ENVIRONMENT.match(name):  # Kubernetes secrets end with a line break, Docker's env-files keep the quotes
             os.environ[name] = re.sub(r"""^\s*(["']?)(.*?)\1\s*$""", r"\2", value, flags=re.DOTALL)
@@ -67,6 +65,19 @@ def prepare_environment() -> None:
     os.environ.setdefault("CLEARML_CONFIG_PATH", str(Path(__file__).resolve().parent / "defaults"))
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")  # the SDK tries again by itself
     check_prerequisites()
+
+
+def check_lines(text: str) -> None:
+    """Raise RunError for a line of .env that sets nothing, or a name that is only like one which is nowhere set."""
+    bindings = [*parse_stream(StringIO(text))]
+    unset = NAMES - os.environ.keys() - {binding.key for binding in bindings}
+    for binding in bindings:
+        line = binding.original.string
+        place = f"{DOTENV}, line {binding.original.line + len(line) - len(line.lstrip())}"  # it begins with blank lines
+        if binding.error or (binding.key and binding.value is None):
+            raise RunError(f"{place}: not understood", "write NAME=value")
+        if meant := get_close_matches(binding.key or "", unset, 1, 0.94):
+            raise RunError(f"{place}: there is no {binding.key}", f"write {meant[0]}")
 
 
 def shorten_interrupt(kind: type[BaseException], *more: Any, earlier: Any = sys.excepthook) -> None:

@@ -106,7 +106,7 @@ def check_repository(script: Path) -> None:
     if not git("for-each-ref", "--contains", commit, *branches) and commit not in git("ls-remote", "--heads", "--tags"):
         raise RunError(f"the commit {commit[:10]} is not pushed: an agent cannot get it", "git push")
     tracked = {root / name for name in git("ls-files", "-z", "--full-name", str(root)).split("\0")}
-    used = {Path(str(module.__file__)).resolve() for module in own_modules()}  # the script is one of them
+    used = {script.resolve(), *(Path(str(module.__file__)).resolve() for module in own_modules())}
     missing = sorted(str(file.relative_to(root)) for file in used - tracked if file.is_relative_to(root))
     if missing:
         raise RunError(f"git does not track {', '.join(missing)}: an agent would not have it", f"git add {missing[0]}")

@@ -106,17 +106,17 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
     given = Path(resume) if resume else output_dir
     path = given if given.is_file() else newest(given, "checkpoint.pt")
     if not path:
-        model = given.with_name("model.pt") if given.suffix else newest(given, "model.pt")
+        model = newest(given, "model.pt") if given.is_dir() else given.with_name("model.pt")
         kept = f"; a complete run keeps no checkpoint, but its model: {model}" if model and model.exists() else ""
         parser.error(f"argument --resume: no checkpoint at {given}{kept}")
     try:  # tensors and plain values only: nothing in the file is executed
         content = torch.load(path, map_location="cpu", weights_only=True)
         states = {**content["states"], "generator": content["generator"]}
         progress = Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
-    except (LookupError, TypeError, ValueError, pickle.UnpicklingError):
-        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: it is no checkpoint.pt of an earlier run\n")
-    except (OSError, EOFError, RuntimeError) as error:
-        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {type(error).__name__}: {one_line(error)}\n")
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        damaged = "it is damaged, or no checkpoint.pt of an earlier run"
+        reason = error.strerror if isinstance(error, PermissionError) else damaged
+        parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
     ending.checkpoint = path
     return progress
 
@@ -133,6 +133,7 @@ def restore(progress: Progress, parts: dict[str, Any]) -> None:
             part.load_state_dict(progress.states[name])
         torch.set_rng_state(progress.states["generator"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        ending.checkpoint = None  # no advice to do the same again
         raise RunError(f"cannot resume from {progress.path}: {type(error).__name__}: {one_line(error)}") from error
     new = ", in a new session, which begins there" if Task.is_offline() else ""
     print(f"resumed after epoch {progress.epoch} from {progress.path}{new}")

@@ -80,7 +80,7 @@ def without_new_folders(folder: Path) -> Iterator[None]:
 def check_dotenv(_: Setup) -> Found:
     file = clearml_client.DOTENV
     if clearml_client.dotenv_problem:
-        raise RunError(clearml_client.dotenv_problem, "correct it", display_path(file))
+        raise clearml_client.dotenv_problem
     if not file.exists():
         return f"no {display_path(file)}", ""
     values = {name: value for name, value in dotenv.dotenv_values(file, encoding="utf-8-sig").items() if value}

@@ -45,7 +45,7 @@ def setting(key: str, default: Any = None) -> Any:
 
 def names(section: str) -> list[str]:
     """List what stands in a section of the merged configuration; of "" the sections."""
-    return list(setting(section, {}) if section else config_obj._config.to_dict())
+    return list(setting(section, {}) if section else config_obj._config.to_dict())  # the second one: no public way
 
 
 def put(key: str, value: Any) -> None:

@@ -147,13 +147,13 @@ class Store:
                 return None
             meaning = {0: "no answer", 401: "wrong keys", 403: "forbidden", 404: "not there"}.get(status, "refused")
             reason = f"cannot {verb}: {meaning}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
-            if ".amazonaws.com" in self.url:  # which nobody has named
-                reason += "; Amazon S3 was asked: for another store write s3://host:port/..., or set AWS_ENDPOINT_URL"
             if status == 0:
                 self.trouble = reason
             if self.suspicion:
                 raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
             cure = LIST_CURE if (verb, trouble.words) == ("check", DENIED) else trouble.cure
+            if ".amazonaws.com" in self.url and self.source == "default" and trouble.words != DENIED:
+                cure += "; for another store than Amazon S3 write s3://host:port/..., or set AWS_ENDPOINT_URL"
             raise StorageError(reason, cure, self.source) from error
 
     def size(self, key: str) -> int | None:
@@ -340,8 +340,9 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
         host = str(each.get("host"))
         if host.startswith(f"{place}:"):
             what, cure = f"{uri} has no port, and the entry is for {host}", f"write s3://{host}/bucket/path"
-        if host == place and not (each.get("secret") or each.get("use_credentials_chain")):
-            what, cure = f"the entry for {host} has no secret", "add it, or use_credentials_chain: true"
+        has_keys = (each.get("key") and each.get("secret")) or each.get("use_credentials_chain")
+        if host == place and each.get("bucket") in (None, "", bucket) and not has_keys:
+            what, cure = f"the entry for {host} lacks key or secret", "add both, or use_credentials_chain: true"
     other = RunError(what, cure, source)
     if is_listed:
         raise other

@@ -673,7 +673,7 @@ class ClearMLServer:
 
 
 if __name__ == "__main__":
-    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")), [*map(int, sys.argv[1:])])
+    server = ClearMLServer(Path(tempfile.mkdtemp(prefix="clearml-server-")), list(map(int, sys.argv[1:4])))
     server.start()
     print("# For ~/clearml.conf:", server.configuration(), f"# Uploaded files: {server.files_folder}", sep="\n")
     print("# Ctrl-C ends the server.", flush=True)

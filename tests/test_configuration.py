@@ -42,23 +42,9 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "empty": (CONF, b"", "says nothing"),
     "only comments": (CONF, b"# nothing yet\n\n  // as before\n", "says nothing"),
     "a number": (CONF, b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
-    "a section misspelt": (CONF, b"apii { }", "there is no setting apii; write api"),
-    "a setting misspelt": (
-        CONF,
-        GOOD.replace("_server", "_sever").encode(),
-        "there is no setting api_sever; write api_s",
-    ),
-    "a key misspelt": (
-        CONF,
-        GOOD.replace("access_key", "acces_key").encode(),
-        "no setting acces_key; write access_key",
-    ),
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
-    "a variable misspelt": (
-        ENV,
-        b"CLEARML_OUTPUT_URL=/tmp/x",
-        "there is no CLEARML_OUTPUT_URL; write CLEARML_OUTPUT_URI",
-    ),
+    "a name alone": (ENV, b"CLEARML_OUTPUT_URI\n", "line 1: not understood"),
+    "a variable misspelt": (ENV, b"A=1\n\n\nCLEARML_OUTPUT_URL=x", "line 4: there is no CLEARML_OUTPUT_URL; write C"),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }
@@ -70,7 +56,7 @@ def here(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     file = {"CLEARML_CONFIG_FILE": str(machine.home / "clearml.conf")}  # the SDK looked for HOME when it was imported
     monkeypatch.setattr(os, "environ", os.environ | file)
     monkeypatch.setattr(clearml_client, "DOTENV", machine.home / ".env")
-    monkeypatch.setattr(clearml_client, "dotenv_problem", "")
+    monkeypatch.setattr(clearml_client, "dotenv_problem", None)
     monkeypatch.setattr(sdk.config_obj, "_config", None)
     monkeypatch.setattr(errors, "hidden", dict(errors.hidden))
     return machine
@@ -92,8 +78,31 @@ def test_a_file_that_cannot_be_used_is_named_and_offline_nobody_needs_it(
     sdk.forget_settings()
     configuration.check(offline=True)
     printed, errors = capsys.readouterr()
-    assert re.match(f"ClearML: (without clearml.conf, because )?{path}", printed)
+    assert re.match(f"ClearML: without (clearml.conf|.env), because {path}", printed)
     assert SECRET not in said + printed + errors
+
+
+MISSPELT = {
+    "apii {}": "apii; write api",
+    "API { api_server: x }": "API; write api",
+    GOOD.replace("api_server", "api_sever"): "api_sever; write api_server",
+    GOOD.replace("access_key", "acces_key"): "acces_key; write access_key",
+    'api_server: "http://127.0.0.1:1"': "api_server; write it inside api { }",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), MISSPELT.items())
+def test_a_misspelt_name_is_no_offline_run_in_silence(here: Machine, text: str, words: str) -> None:
+    """And beside the right one it is nobody's business."""
+    (here.home / "clearml.conf").write_text(text)
+    configuration.check()
+    with pytest.raises(RunError) as refusal:
+        configuration.why_offline()
+    assert refusal.value.message().endswith(f"clearml.conf: there is no setting {words}")
+    (here.home / "clearml.conf").write_text(f"{text}\n{GOOD}\napi2 {{}}")
+    sdk.forget_settings()
+    configuration.check()
+    assert configuration.why_offline() == ""
 
 
 def test_a_warning_that_became_an_error_is_named(here: Machine) -> None:
@@ -111,18 +120,19 @@ def test_a_run_ends_with_that_line_and_offline_it_goes_without(machine: Machine,
     machine.configure(BRACKET)
     refused, done = machine.run(script, "--dry-run", code=1), machine.run(script, "--dry-run", "--offline")
     assert f"error: {file}, line 1: not understood" in refused.line
-    assert f"ClearML: {file}, line 1: not understood" in done.stdout
+    assert f"ClearML: without .env, because {file}, line 1: not understood" in done.stdout
     assert f"ClearML: without clearml.conf, because {machine.home}/clearml.conf" in done.stdout
 
 
 def test_blanks_and_quotes_around_variables_do_not_count(here: Machine) -> None:
     """And an empty one of AWS, as in a copied `.env`, is none: boto3 would look for a profile without a name."""
-    (here.home / ".env").write_text("AWS_PROFILE=\n")
+    (here.home / ".env").write_text("AWS_PROFILE=\nAWS_ENDPOINT_URL=x\nAWS_ENDPOINT_URL_2=y\n")
     given = {"CLEARML_API_HOST": " http://h:1 ", "CLEARML_API_ACCESS_KEY": "a key\n", "AWS_SESSION_TOKEN": '"a token"'}
     os.environ |= given
     clearml_client.prepare_environment()
     assert [os.environ[name] for name in given] == ["http://h:1", "a key", "a token"]
     assert "AWS_PROFILE" not in os.environ
+    assert os.environ["AWS_ENDPOINT_URL_2"] == "y"  # beside the right one it is no slip
 
 
 def test_what_the_files_say_holds_for_all_parts(here: Machine) -> None:
