@@ -73,7 +73,8 @@ def check_lines(text: str) -> None:
     unset = NAMES - os.environ.keys() - {binding.key for binding in bindings}
     for binding in bindings:
         line = binding.original.string
-        place = f"{DOTENV}, line {binding.original.line + len(line) - len(line.lstrip())}"  # it begins with blank lines
+        blank_lines = line[: -len(line.lstrip()) or None].count("\n")  # with which it begins
+        place = f"{DOTENV}, line {binding.original.line + blank_lines}"
         if binding.error or (binding.key and binding.value is None):
             raise RunError(f"{place}: not understood", "write NAME=value")
         if meant := get_close_matches(binding.key or "", unset, 1, 0.94):

@@ -44,7 +44,7 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a number": (CONF, b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
     "a name alone": (ENV, b"CLEARML_OUTPUT_URI\n", "line 1: not understood"),
-    "a variable misspelt": (ENV, b"A=1\n\n\nCLEARML_OUTPUT_URL=x", "line 4: there is no CLEARML_OUTPUT_URL; write C"),
+    "a variable misspelt": (ENV, b"A=1\n\n\n CLEARML_OUTPUT_URL=x", "line 4: there is no CLEARML_OUTPUT_URL; write C"),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }
