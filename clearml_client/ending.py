@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from functools import partial
+from functools import partial, wraps
 from io import StringIO
 from pathlib import Path
 from types import FrameType
@@ -42,6 +42,7 @@ class Ending:
         self.used = False  # by a guard
         self.task: Task | None = None  # the run's, also when it is closed
         self.aborted = False  # in the web UI
+        self.call = ""  # of LIMITS, in which the main thread is
         self.unwinding = threading.Event()  # the main thread is on its way out
         self.claiming, self.settling = threading.Lock(), threading.Lock()
         self.code, self.status, self.reason = 0, "", ""
@@ -152,7 +153,7 @@ def limit(seconds: float, what: str) -> Iterator[None]:
 
 
 class Watcher:
-    """A thread that sees signals, an abort in the web UI, and a call of the SDK that does not come back.
+    """A thread that sees signals and an abort in the web UI; and limits for calls of the SDK.
 
     The number of a signal arrives in a socket, whatever the main thread waits for. Then the main thread is interrupted,
     so that `finally` and `atexit` do their work; where it does not react, the watcher ends the process.
@@ -168,6 +169,9 @@ class Watcher:
             del self.earlier[signal.SIGHUP]
         self.earlier_fd = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         self.handle_signal()
+        self.methods = {name: Task.__dict__[name] for name in LIMITS}
+        for name in LIMITS:
+            setattr(Task, name, self.limited(name))
         sys.excepthook = partial(hide_broken_connection, os.getpid(), sys.excepthook)
         # Until a child has handlers of its own, a signal to it would come to this process's socket.
         unblock = partial(self.mask, signal.SIG_UNBLOCK)
@@ -180,13 +184,29 @@ class Watcher:
 
         Not in the guard's own first and last steps, which would not catch what is raised here.
         """
-        for number in self.earlier:  # again: Task.init has handlers of its own
+        for number in self.earlier:
             signal.signal(number, self.handle_signal)
         names = {each.f_code.co_qualname for each, _ in traceback.walk_stack(frame)}
         in_own_steps = names & OWN_STEPS and not names & INTERRUPTIBLE
         if self.raising and not ending.unwinding.is_set() and not in_own_steps:
             self.raising = False  # once: what runs then must not be interrupted
             raise KeyboardInterrupt  # no `except Exception` on its way swallows it
+
+    def limited(self, name: str) -> Any:
+        """Return this method of clearml.Task with its limit: by itself it may wait for a server for ever."""
+        earlier = getattr(Task, name)
+
+        @wraps(earlier)
+        def call(*arguments: Any, **options: Any) -> Any:
+            ending.call = name
+            try:
+                with limit(LIMITS[name], f"Task.{name} waits for the ClearML server"):
+                    return earlier(*arguments, **options)
+            finally:
+                ending.call = ""
+                self.interrupt()  # to listen again: Task.init has set handlers of its own
+
+        return staticmethod(call) if name == "init" else call
 
     def interrupt(self) -> None:
         """Have `handle_signal` called in the main thread, also where it waits."""
@@ -215,22 +235,18 @@ class Watcher:
         signal.set_wakeup_fd(self.earlier_fd)
         for number, earlier in self.earlier.items():
             signal.signal(number, earlier)
+        for name, method in self.methods.items():
+            setattr(Task, name, method)
         self.sender.close()
 
     def watch(self) -> None:
-        call, since = "", 0.0
         while self.open:
             with suppress(TimeoutError):
                 for number in self.receiver.recv(1):
                     if number in SIGNALS:
                         self.stop(signal.Signals(number))
-            if (now := call_in_main_thread()) != call:
-                call, since = now, time.monotonic()
-            elif call and time.monotonic() - since > LIMITS[call]:
-                ending.end_hung(f"Task.{call} waits for the ClearML server", LIMITS[call])
-            if not ending.task and not call and (task := Task.current_task()):
+            if not ending.task and not ending.call and (task := Task.current_task()):
                 ending.task = task
-                self.interrupt()  # to listen again
                 if not task.is_offline():
                     # It asks the server, and signals must be seen meanwhile.
                     register = partial(task.register_abort_callback, self.abort)
@@ -246,7 +262,7 @@ class Watcher:
         if not ending.say(words, 128 + number, "failed" if failed else "stopped", seconds=8):
             return
         deadline = time.monotonic() + 4
-        while call_in_main_thread() == "init" and time.monotonic() < deadline:
+        while ending.call == "init" and time.monotonic() < deadline:
             time.sleep(0.1)  # half made, a task could not be marked as stopped
         self.raising, unwinding = True, ending.unwinding
         for _ in range(20):
@@ -268,11 +284,3 @@ def hide_broken_connection(process: int, earlier: Callable[..., None], kind: typ
     """Be `sys.excepthook`: where a worker's connection to this process breaks, the run ends, and says so itself."""
     if os.getpid() == process or not issubclass(kind, (ConnectionError, EOFError)):
         earlier(kind, *more)
-
-
-def call_in_main_thread() -> str:
-    """Return the method of clearml.Task that the main thread is in, of those that have a limit."""
-    for frame, _ in traceback.walk_stack(sys._current_frames().get(threading.main_thread().ident or 0)):
-        if frame.f_code.co_name in LIMITS and frame.f_code.co_filename == sys.modules[Task.__module__].__file__:
-            return frame.f_code.co_name
-    return ""
