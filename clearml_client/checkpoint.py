@@ -59,7 +59,9 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"args": given, "task": task, "epoch": epoch, "states": states, "generator": torch.get_rng_state()}
     save_atomically(content, path)
-    ending.checkpoint = path
+    earlier, ending.checkpoint = ending.checkpoint, path
+    if earlier and earlier.absolute() != path.absolute() and earlier.parent.name.startswith("offline-"):
+        earlier.unlink(missing_ok=True)  # of the offline session that goes on in this one
 
 
 def flush_reports() -> None:

@@ -336,6 +336,9 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
     if is_listed and (entry.host, entry.bucket) in [("", place), (place, ""), (place, bucket)]:
         return entry, None
     what = f"no entry for {uri} is in the list {one_line(read)}"
+    if ":" not in place:
+        what = f"{uri} names no host and port, as for Amazon S3"
+        cure = "for another store write s3://host:port/bucket/path, or set AWS_ENDPOINT_URL"
     for each in read:
         host = str(each.get("host"))
         if host.startswith(f"{place}:"):

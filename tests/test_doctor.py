@@ -172,6 +172,7 @@ SSO = "sso_account_id = 1\nsso_role_name = any\nsso_region = eu-west-1\nsso_star
 NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BY_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": Store.access_key, "AWS_SECRET_ACCESS_KEY": Store.secret_key}
 NO_ENDPOINT = {"AWS_ENDPOINT_URL": "", "HTTPS_PROXY": "http://127.0.0.1:1"}  # nothing leaves this machine
+PROXIED = BY_ENVIRONMENT | NO_ENDPOINT
 HALF = {"AWS_SECRET_ACCESS_KEY": ""}
 ROLE = {**NOBODY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/any", "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such"}
 GOOGLE = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
@@ -203,6 +204,7 @@ STORES = [
     Tried("rclone", "access", "failed: the SDK cannot use .*host: ", {"host": "http://127.0.0.1:1"}),
     Tried("rclone", "access", "failed: .* has no port.*write s3://{host}/bucket", uri="s3://127.0.0.1/x"),
     Tried("rclone", "access", "failed: .*the entry for {host} lacks key or sec.*add both", {"secret": None}),
+    Tried("rclone", "object", "failed: .* names no host .*or set AWS_ENDPOINT_URL", {}, PROXIED, AWS),
     Tried("rclone", "access", "failed: secure: .*leave out the quotes", {"secure": "false"}),
     Tried("rclone", "object", f"failed: .*TLS spoken .*no entry.*{ENTRY}", {"host": "h:1"}, BY_ENVIRONMENT),
     Tried("rclone", "object", "ok", {"host": None, "bucket": "models"}, {"AWS_ENDPOINT_URL": "http://{host}"}, AWS),

@@ -428,6 +428,7 @@ def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
     found = re.search(r"resumed after epoch (\d+) from \S+, in a new session, which begins there", second.stdout)
     assert found, second.everything
     assert uninterrupted.has_same_weights(machine.outputs("model.pt"))
+    assert [*machine.home.glob("outputs/*/checkpoint.pt")] == [older]
     _, events, _ = read_session(machine.home / f".clearml/cache/offline/{second.task}.zip")
     assert {step for points in curves_in(events).values() for step in points} == {*range(3 * int(found[1]) + 1, 37)}
 
