@@ -194,7 +194,7 @@ class ClearMLServer:
         self.events: defaultdict[str, dict[str, Doc]] = defaultdict(dict)  # by task, then by event id
         self._scrolls: dict[str, float] = {}  # how far the answers of each have come
         self._lock = threading.RLock()
-        self._ports = ports or [0, 0, 0]  # of API, files and web page; 0: a free one
+        self._ports = [*(ports or []), 0, 0, 0][:3]  # of API, files and web page; 0: a free one
         self._running: list[tuple[BaseWSGIServer, threading.Thread]] = []
         self.renew_secret()
         self.queues_create("default")
