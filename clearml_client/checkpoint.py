@@ -61,7 +61,8 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     save_atomically(content, path)
     earlier, ending.checkpoint = ending.checkpoint, path
     if earlier and earlier.absolute() != path.absolute() and earlier.parent.name.startswith("offline-"):
-        earlier.unlink(missing_ok=True)  # of the offline session that goes on in this one
+        with suppress(OSError):  # a folder that cannot be written
+            earlier.unlink()  # of the offline session that goes on in this one
 
 
 def flush_reports() -> None:

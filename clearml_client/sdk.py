@@ -29,9 +29,8 @@ from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
 __all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
-MAX_DIFF_BYTES: int = (
-    ScriptInfo.max_diff_size_bytes
-)  # of uncommitted changes; more of them go to the storage, as an artifact
+# Of uncommitted changes; more of them go to the storage, as an artifact.
+MAX_DIFF_BYTES: int = ScriptInfo.max_diff_size_bytes
 # boto3's arguments, as the SDK makes them of an entry of clearml.conf; way out: a public way to the SDK's own client.
 s3_arguments: Callable[[Any], dict[str, Any]] = _Boto3Driver._get_boto_resource_kwargs_from_config
 # An address after the path substitutions of clearml.conf; way out: a public function.

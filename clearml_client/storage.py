@@ -32,6 +32,7 @@ STEP = 30  # seconds for each step of a check: where a store answers, the SDK ma
 NO_RETRIES: dict[str, Any] = {"timeout": TIMEOUT, "retry": None}  # for Google's library
 CHUNK = 2**20  # bytes
 OPENING = Lock()  # a session of boto3's is for one thread at a time
+ELSEWHERE = "for another store than Amazon S3 write s3://host:port/bucket/path, or set AWS_ENDPOINT_URL"
 LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
 
 
@@ -153,7 +154,7 @@ class Store:
                 raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
             cure = LIST_CURE if (verb, trouble.words) == ("check", DENIED) else trouble.cure
             if ".amazonaws.com" in self.url and self.source == "default" and trouble.words != DENIED:
-                cure += "; for another store than Amazon S3 write s3://host:port/..., or set AWS_ENDPOINT_URL"
+                cure += f"; {ELSEWHERE}"
             raise StorageError(reason, cure, self.source) from error
 
     def size(self, key: str) -> int | None:
@@ -337,8 +338,7 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
         return entry, None
     what = f"no entry for {uri} is in the list {one_line(read)}"
     if ":" not in place:
-        what = f"{uri} names no host and port, as for Amazon S3"
-        cure = "for another store write s3://host:port/bucket/path, or set AWS_ENDPOINT_URL"
+        what, cure = f"{uri} names no host and port, as for Amazon S3", ELSEWHERE
     for each in read:
         host = str(each.get("host"))
         if host.startswith(f"{place}:"):
