@@ -28,7 +28,7 @@ from clearml_client.errors import RunError, command, one_line
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 SIGNALS |= {signal.SIGUSR1: "stopped by SIGUSR1", signal.SIGXCPU: "out of CPU time"}  # of batch systems
 WAKE_UP = signal.SIGURG  # of our own: it does nothing to who does not listen
-LIMITS = {"init": 60, "execute_remotely": 120}  # seconds for a call of clearml.Task
+LIMITS = {"init": 120, "execute_remotely": 120}  # seconds for a call of clearml.Task
 LAST_RESORT = 30  # seconds in which a run that has failed must end
 SCRIPT = Path(sys.argv[0])
 OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
@@ -95,7 +95,8 @@ class Ending:
             try:
                 server.ping()  # or the calls would wait
             except RunError:
-                sdk.drop_reports(task)
+                if not in_notebook():  # which may have other runs
+                    sdk.drop_reports()
                 return
             if self.status == "failed":
                 task.mark_failed(status_reason=self.reason, status_message=self.reason, force=True)
@@ -174,9 +175,9 @@ class Watcher:
             setattr(Task, name, self.limited(name))
         sys.excepthook = partial(hide_broken_connection, os.getpid(), sys.excepthook)
         # Until a child has handlers of its own, a signal to it would come to this process's socket.
-        unblock = partial(self.mask, signal.SIG_UNBLOCK)
+        block, unblock = partial(self.mask, signal.SIG_BLOCK), partial(self.mask, signal.SIG_UNBLOCK)
         os.register_at_fork(after_in_child=self.restore_signals_in_child)
-        os.register_at_fork(before=self.prepare_fork, after_in_parent=unblock, after_in_child=unblock)
+        os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=unblock)
         threading.Thread(target=self.watch, daemon=True, name="guard").start()
 
     def handle_signal(self, _: int = 0, frame: FrameType | None = None) -> None:
@@ -200,7 +201,7 @@ class Watcher:
         def call(*arguments: Any, **options: Any) -> Any:
             ending.call = name
             try:
-                with limit(LIMITS[name], f"Task.{name} waits for the ClearML server"):
+                with limit(LIMITS[name], f"Task.{name} waits for the ClearML server, or for git"):
                     return earlier(*arguments, **options)
             finally:
                 ending.call = ""
@@ -212,11 +213,6 @@ class Watcher:
         """Have `handle_signal` called in the main thread, also where it waits."""
         if self.open:
             signal.pthread_kill(threading.main_thread().ident or 0, WAKE_UP)
-
-    def prepare_fork(self) -> None:
-        if self.open and (task := Task.current_task()):
-            sdk.wait_for_repository(task)
-        self.mask(signal.SIG_BLOCK)
 
     def mask(self, how: int) -> None:
         if self.open:

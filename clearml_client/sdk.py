@@ -11,16 +11,19 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import requests
 
 # Unused names of this list are used by the modules that import them from here.
-from clearml.backend_api import Session  # the addresses, and calls of ours; way out: a public getter, and APIClient
+from clearml import config  # by whose folder `load_config` finds the SDK's defaults
+from clearml.backend_api import Session, load_config  # addresses, calls, all sections; way out: getters, and APIClient
 from clearml.backend_api.session.session import LoginError  # Task.init's, for keys that are not accepted; an export
 from clearml.backend_api.utils import get_http_session_with_retry  # the SDK's certificates and proxies; an export
 from clearml.backend_config.bucket_config import S3BucketConfigurations
 from clearml.backend_config.defs import get_config_file  # the file that the SDK reads; an export
+from clearml.backend_interface.metrics import Reporter
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever; an export
 from clearml.backend_interface.task.log import TaskHandler
 from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
@@ -44,7 +47,7 @@ def setting(key: str, default: Any = None) -> Any:
 
 def names(section: str) -> list[str]:
     """List what stands in a section of the merged configuration; of "" the sections."""
-    return list(setting(section, {}) if section else config_obj._config.to_dict())  # the second one: no public way
+    return list(setting(section, {}) if section else load_config(Path(config.__file__).parent).to_dict())
 
 
 def put(key: str, value: Any) -> None:
@@ -133,11 +136,9 @@ def disarm(task: Any) -> None:
         task._dev_worker.unregister()
 
 
-def drop_reports(task: Any) -> None:
+def drop_reports() -> None:
     """Keep the SDK from waiting for ever, at the end, for a server that is gone; way out: a time-out for it."""
-    atexit.unregister(task._reporter._handle_program_exit)
-    if handler := task.get_logger()._task_handler:
-        handler.close = lambda *_, **__: None
+    TaskHandler.close = Reporter.flush = Reporter.wait_for_events = Reporter.stop = lambda *_, **__: None
 
 
 def close_unchanged(task: Any) -> None:
@@ -146,20 +147,12 @@ def close_unchanged(task: Any) -> None:
     task.close()
 
 
-def wait_for_repository(task: Any) -> None:
-    """Wait for the thread that asks git: what is forked meanwhile would hold its pipe open, and it would wait for ever.
-
-    Way out: the SDK's own look before a fork.
-    """
-    task._wait_for_repo_detection(timeout=60)
-
-
 def be_quiet(offline: bool) -> None:
     """Leave out what the SDK does unasked at each start; way out: settings for it.
 
     It looks for a GPU where there is no driver of one, which ends in two warnings; asks a service on the internet for
-    newer versions, which an offline session must not do; tells that it waits for its look at the repository; and writes
-    each try to send console lines to stderr, which a log can filter.
+    newer versions, which an offline session must not do; and writes each try to send console lines to stderr, which a
+    log can filter.
     """
     from clearml.utilities import resource_monitor
     from clearml.utilities.check_updates import CheckPackageUpdates
@@ -168,5 +161,4 @@ def be_quiet(offline: bool) -> None:
     if not shutil.which("nvidia-smi"):
         resource_monitor.gpustat = None
     CheckPackageUpdates._package_version_checked = offline
-    logging.getLogger("clearml.Task").setLevel(logging.WARNING)
     TaskHandler._log_stderr = staticmethod(lambda text, level=logging.INFO: log.log(level, text))
