@@ -80,6 +80,7 @@ def parse_args(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pro
     `--resume` without a path takes the newest checkpoint below --output-dir. Exit as argparse does, with code 2, for
     whatever is wrong; with code 1 where the file cannot be used.
     """
+    parser.usage = "%(prog)s [options]"  # short: an error stands below it
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--resume", nargs="?", const="")
     first.add_argument("--output-dir", type=Path, default=parser.get_default("output_dir"))
@@ -117,7 +118,7 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
         states = {**content["states"], "generator": content["generator"]}
         progress = Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
     except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        damaged = "it is damaged, or no checkpoint.pt of an earlier run"
+        damaged = "it is damaged, or no checkpoint.pt of an earlier run; --resume alone takes the newest one"
         reason = error.strerror if isinstance(error, PermissionError) else damaged
         parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
     ending.checkpoint = path

@@ -161,10 +161,9 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             if not os.getenv(variable, "").startswith(f"{os.getpid()}:"):
                 os.environ.pop(variable, None)
         agent.exclude_lock_from_diff()
-        with explained():
-            configuration.check(self.offline)
-            configuration.check_cache()
-            reason = configuration.why_offline(self.offline)
+        configuration.check(self.offline)
+        configuration.check_cache()
+        reason = configuration.why_offline(self.offline)
         sdk.be_quiet(offline=bool(reason))
         if reason and self.queue:
             raise UsageError(f"cannot queue: no agent gets an offline session, and it is one, because {reason}")

@@ -341,8 +341,9 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
         what, cure = f"{uri} names no host and port, as for Amazon S3", ELSEWHERE
     for each in read:
         host = str(each.get("host"))
-        if host.startswith(f"{place}:"):
-            what, cure = f"{uri} has no port, and the entry is for {host}", f"write s3://{host}/bucket/path"
+        if ":" in host and host != place and host.partition(":")[0] == place.partition(":")[0]:
+            what, cure = f"{uri} has another port than the entry, which is for {host}", f"write s3://{host}/bucket/path"
+            cure += f', or host: "{place}" in the entry' * (":" in place)
         has_keys = (each.get("key") and each.get("secret")) or each.get("use_credentials_chain")
         if host == place and each.get("bucket") in (None, "", bucket) and not has_keys:
             what, cure = f"the entry for {host} lacks key or secret", "add both, or use_credentials_chain: true"

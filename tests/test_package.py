@@ -251,7 +251,7 @@ HANGS = {
     "a thread that waits": ("block", "with limit(1, 'a'): time.sleep(600)", f"error: a: no answer for 1 s; {STACKS}"),
     "the interpreter's lock held": ("above", "with limit(1, 'a'): ctypes.PyDLL(None).sleep(600)", "Timeout (0:00:11)!"),
     "the task to resume": ("block", RESUME, f"error: the task abc: no answer for 1 s; {STACKS}"),
-    "Task.init": ("above", "LIMITS['init'] = 2", "error: Task.init waits for the ClearML server, or for git: no answer"),
+    "Task.init": ("above", "LIMITS['init'] = 2", "error: Task.init waits for the ClearML server, or for git: no"),
 }
 
 
