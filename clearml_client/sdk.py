@@ -151,8 +151,8 @@ def be_quiet(offline: bool) -> None:
     """Leave out what the SDK does unasked at each start; way out: settings for it.
 
     It looks for a GPU where there is no driver of one, which ends in two warnings; asks a service on the internet for
-    newer versions, which an offline session must not do; and writes each try to send console lines to stderr, which a
-    log can filter.
+    newer versions, which an offline session must not do; tells what it finds of a repository; and writes each try to
+    send console lines to stderr, which a log can filter.
     """
     from clearml.utilities import resource_monitor
     from clearml.utilities.check_updates import CheckPackageUpdates
@@ -161,4 +161,5 @@ def be_quiet(offline: bool) -> None:
     if not shutil.which("nvidia-smi"):
         resource_monitor.gpustat = None
     CheckPackageUpdates._package_version_checked = offline
+    logging.getLogger("clearml.Task").setLevel(logging.WARNING)
     TaskHandler._log_stderr = staticmethod(lambda text, level=logging.INFO: log.log(level, text))

@@ -162,7 +162,7 @@ def test_what_is_unusual_works_and_what_is_wrong_is_named_in_one_line(
     said = done.stdout + done.stderr
     if case in RIGHT:
         assert re.search(case.words, said), said
-        assert "repository detection" not in said  # the SDK has two lines of it at each start
+        assert "repository" not in said  # of which the SDK tells at each start
         return
     lines = [line for line in said.splitlines() if re.search("^failed|: error: ", line)]
     assert re.search(case.words, said if case.command[:2] == DOCTOR else lines[0], re.DOTALL), said
