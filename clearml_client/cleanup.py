@@ -396,7 +396,7 @@ def main() -> int:
             hint = "" if isinstance(error, UsageError) else find
             print(f"{NAME}: error: {one_line(error.message(), 1000)}{hint}", file=sys.stderr)
             return error.code
-        if tasks and args.delete and (args.yes or input("Delete them for good? [yes/no] ").strip().lower() == "yes"):
+        if tasks and args.delete and (args.yes or input("Type yes to delete them for good: ").strip().lower() == "yes"):
             delete_tasks(project, tasks)
         elif tasks:
             say("Nothing was deleted." if args.delete else "Nothing was deleted: add --delete.")

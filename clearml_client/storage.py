@@ -64,6 +64,7 @@ def check_uri(text: str) -> None:
         if "//" in parts.path:
             raise RunError("two slashes, of which a store and ClearML make different paths", "write one slash")
     elif parts.scheme not in ("", "file") or parts.netloc:
+        cure += "; plain http is secure: false in the entry of clearml.conf" * parts.scheme.startswith("http")
         raise RunError("neither s3://, gs://, azure:// nor a folder whose parent exists", cure)
     elif text and not folder.is_dir():
         if not re.search(r"[/\\]", text):  # more likely a slip: undefined, null, a bucket's name
@@ -376,9 +377,14 @@ def open_s3(uri: str) -> S3:
     arguments["config"] = arguments["config"].merge(limits)
     session = boto3_session(entry.profile or "")
     keys = "" if entry.use_credentials_chain or not entry.secret else f"static keys, access key {last4(entry.key)}"
-    if entry.use_credentials_chain and (found := session.get_credentials()):
-        found.get_frozen_credentials()  # asks for those of a role or SSO: the first request would blame the bucket
-        keys = f"boto3 finds {found.method}, access key {last4(found.access_key)}"
+    try:
+        if entry.use_credentials_chain and (found := session.get_credentials()):
+            found.get_frozen_credentials()  # asks for those of a role or SSO: the first request would blame the bucket
+            keys = f"boto3 finds {found.method}, access key {last4(found.access_key)}"
+    except Exception as error:
+        if suspicion:
+            raise StorageError(f"{suspicion}; {diagnose(error).words}", suspicion.cure, suspicion.source) from error
+        raise
     if not keys:
         cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"
         reason = suspicion or RunError("boto3 finds none", cure)
@@ -386,7 +392,8 @@ def open_s3(uri: str) -> S3:
     name = "/".join(uri.split("/")[: 4 if entry.host else 3])
     bucket = session.resource("s3", **arguments).Bucket(name.rpartition("/")[2])
     url, source = bucket.meta.client.meta.endpoint_url, in_file(ENTRIES) if entry.host else set_by("AWS_ENDPOINT_URL")
-    return S3(name, bucket, source, url, f"{keys}, {url}, verify: {entry.verify}", suspicion)
+    verify = "default" if entry.verify is None else entry.verify
+    return S3(name, bucket, source, url, f"{keys}, {url}, verify: {verify}", suspicion)
 
 
 def open_gcs(uri: str) -> GCS:

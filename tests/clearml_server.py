@@ -498,6 +498,16 @@ class ClearMLServer:
     def tasks_completed(self, task: str, force: bool = False, **why: str) -> Doc:
         return {**self._end("completed", task, force, **why), "published": 0}
 
+    def tasks_reset(self, task: str, force: bool = False, clear_all: bool = False) -> Doc:
+        """What the SDK asks for where a script is started again, and its last task has stored nothing."""
+        doc = self._find("task", task)
+        if force or clear_all or doc["models"]["output"] or doc["execution"]["artifacts"]:
+            raise NotImplementedError("resetting a task that has stored something, or more than its results")
+        self.events.pop(task, None)
+        for key in ("started", "completed", "last_worker"):
+            doc.pop(key, None)
+        return self._change_status(doc, "created", False, "reset", "reset", last_iteration=0, runtime={})
+
     def tasks_delete(self, task: str, force: bool = False) -> Doc:
         """Remove the record; the files stay for the caller to remove (the stand-in has no deleting service)."""
         doc = self._find("task", task)

@@ -487,12 +487,12 @@ def test_asks_on_a_terminal_and_shows_a_bar_there(lab: Lab, answer: str, code: i
     with suppress(OSError):  # the other end is closed
         while data := os.read(ours, 10_000):
             text += data
-            if text.endswith(b"[yes/no] "):
+            if text.endswith(b"for good: "):
                 os.write(ours, answer.encode())
     os.close(ours)
     assert run.end() == code
     shown = text.decode()
-    assert "To delete: 3 tasks" in shown.partition("[yes/no]")[0]
+    assert "To delete: 3 tasks" in shown.partition("Type yes")[0]
     assert len(lab.tasks()) == (3 if code else 0)
     assert ("deleted:   0%" in shown) == (code == 0)
     assert words in shown

@@ -27,6 +27,7 @@ BRACKET = f'sdk.aws.s3.credentials: [ {{ host: "store:9000", secret: "{SECRET}" 
 CONF, ENV = "clearml.conf", ".env"
 BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a bracket forgotten": (CONF, BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
+    "a brace forgotten": (CONF, GOOD.rstrip("}\n").encode(), "the file ends inside of one"),
     "a byte order mark": (CONF, GOOD.encode("utf-8-sig"), "byte order mark"),
     "Latin-1": (CONF, GOOD.encode("latin-1"), "is no text in UTF-8"),
     "a variable that is set nowhere": (CONF, f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "is ${NO_SUCH} set nowhere?"),

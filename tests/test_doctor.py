@@ -173,7 +173,7 @@ NOBODY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BY_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": Store.access_key, "AWS_SECRET_ACCESS_KEY": Store.secret_key}
 NO_ENDPOINT = {"AWS_ENDPOINT_URL": "", "HTTPS_PROXY": "http://127.0.0.1:1"}  # nothing leaves this machine
 PROXIED = BY_ENVIRONMENT | NO_ENDPOINT
-HALF = {"AWS_SECRET_ACCESS_KEY": ""}
+HALF, ONE_KEY = {"AWS_SECRET_ACCESS_KEY": ""}, {"AWS_ACCESS_KEY_ID": "AKIATESTSTORE4321"}
 ROLE = {**NOBODY, "AWS_ROLE_ARN": "arn:aws:iam::1:role/any", "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such"}
 GOOGLE = {"STORAGE_EMULATOR_HOST": "", "NO_GCE_CHECK": "true"}
 GOOGLE_KEY = {**GOOGLE, "GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account"}'}
@@ -205,6 +205,7 @@ STORES = [
     Tried("rclone", "access", "failed: .* another port .*write s3://{host}/bucket", uri="s3://127.0.0.1/x"),
     Tried("rclone", "access", "failed: .* another port .*, or host: .127.0.0.1:1", uri="s3://127.0.0.1:1/x"),
     Tried("rclone", "access", "failed: .*the entry for {host} lacks key or sec.*add both", {"secret": None}),
+    Tried("rclone", "access", "failed: the entry .* lacks key or sec.*; half of the keys", {"secret": None}, ONE_KEY),
     Tried("rclone", "object", "failed: .* names no host .*or set AWS_ENDPOINT_URL", {}, PROXIED, AWS),
     Tried("rclone", "access", "failed: secure: .*leave out the quotes", {"secure": "false"}),
     Tried("rclone", "object", f"failed: .*TLS spoken .*no entry.*{ENTRY}", {"host": "h:1"}, BY_ENVIRONMENT),

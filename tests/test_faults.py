@@ -509,6 +509,7 @@ def test_what_is_refused_before_anything_exists(
         (GONE, 2, ["--resume", "--output-dir", tmp_path / "none"], f"no checkpoint at {tmp_path}/none$"),
         (GONE, 2, ["--resume", tmp_path / "none.pt"], f"no checkpoint at {tmp_path}/none.pt$"),
         (GONE, 2, ["--resume", tmp_path], f"no checkpoint at {tmp_path}; .* model: {tmp_path}/done/model.pt$"),
+        ("the storage is missing", 2, ["--output-uri", "http://store:9000/bucket"], "plain http is secure: false"),
         ("`--resume` comes with another", 2, ["--resume", good, "--epochs", 9], "--epochs was 12, and cannot change"),
         ("the device is not there", 2, ["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
         *((named, 2, ["--project-name", text], few) for text in ("   ", "a/../b", '"quoted"')),

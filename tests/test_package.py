@@ -61,6 +61,14 @@ def test_copied_it_works(write: Write, machine: Machine, stand_in: ClearMLServer
     assert [event["iter"] for event in losses] == [0, 1, 2]
 
 
+def test_after_a_failure_the_sdk_takes_the_same_task(write: Write, machine: Machine, stand_in: ClearMLServer) -> None:
+    machine.configure(stand_in.configuration())
+    first = machine.run(write(block="raise SystemExit(3)"), code=3)
+    second = machine.run(write())
+    assert f"overwriting (reusing) task id={first.task}" in second.stdout
+    assert stand_in.tasks[first.task]["status"] == "completed"
+
+
 ATEXIT = "import atexit; atexit.register(print, 'atexit: {}')"
 THREAD = """import threading, time; from clearml_client import ending
 ending.LAST_RESORT = 5
