@@ -119,8 +119,8 @@ def train(
     bar = tqdm(batches, leave=False, disable=None, file=terminal)
     for step, batch in enumerate(bar, (epoch - 1) * len(batches) + 1):
         pixels = augment(normalise(images[batch]), shift)
-        loss = nn.functional.cross_entropy(net(pixels), labels[batch])
         optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(pixels), labels[batch])
         loss.backward()
         optimizer.step()
         total += loss.detach()  # no .item() here: it would wait for the GPU at every step
