@@ -383,7 +383,9 @@ def open_s3(uri: str) -> S3:
             keys = f"boto3 finds {found.method}, access key {last4(found.access_key)}"
     except Exception as error:
         if suspicion:
-            raise StorageError(f"{suspicion}; {diagnose(error).words}", suspicion.cure, suspicion.source) from error
+            trouble = diagnose(error)
+            cure = f"{suspicion.cure}; for the chain also {trouble.cure}"
+            raise StorageError(f"{suspicion}; {trouble.words} ({one_line(error)})", cure, suspicion.source) from error
         raise
     if not keys:
         cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or an entry"

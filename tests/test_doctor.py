@@ -205,7 +205,7 @@ STORES = [
     Tried("rclone", "access", "failed: .* another port .*write s3://{host}/bucket", uri="s3://127.0.0.1/x"),
     Tried("rclone", "access", "failed: .* another port .*, or host: .127.0.0.1:1", uri="s3://127.0.0.1:1/x"),
     Tried("rclone", "access", "failed: .*the entry for {host} lacks key or sec.*add both", {"secret": None}),
-    Tried("rclone", "access", "failed: the entry .* lacks key or sec.*; half of the keys", {"secret": None}, ONE_KEY),
+    Tried("rclone", "access", "failed: .* lacks key.*; for the chain also set both", {"secret": None}, ONE_KEY),
     Tried("rclone", "object", "failed: .* names no host .*or set AWS_ENDPOINT_URL", {}, PROXIED, AWS),
     Tried("rclone", "access", "failed: secure: .*leave out the quotes", {"secure": "false"}),
     Tried("rclone", "object", f"failed: .*TLS spoken .*no entry.*{ENTRY}", {"host": "h:1"}, BY_ENVIRONMENT),
