@@ -200,7 +200,8 @@ class Run:
     def signal(self, number: signal.Signals) -> None:
         """To the process and its children, as a terminal's Ctrl-C or a batch system sends it."""
         self.since = time.monotonic()
-        os.killpg(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
         """End the process, and what it has started and left behind."""
