@@ -111,14 +111,16 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
     path = given if given.is_file() else newest(given, "checkpoint.pt")
     if not path:
         model = newest(given, "model.pt") if given.is_dir() else given.with_name("model.pt")
-        kept = f"; a complete run keeps no checkpoint, but its model: {model}" if model and model.exists() else ""
+        kept = "; name the folder of a run that was stopped after its first epoch"
+        if model and model.exists():
+            kept = f"; a complete run keeps no checkpoint, but its model: {model}"
         parser.error(f"argument --resume: no checkpoint at {given}{kept}")
     try:  # tensors and plain values only: nothing in the file is executed
         content = torch.load(path, map_location="cpu", weights_only=True)
         states = {**content["states"], "generator": content["generator"]}
         progress = Progress(content["task"], content["epoch"], path, dict(content["args"]), states)
     except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        damaged = "it is damaged, or no checkpoint.pt of an earlier run; --resume alone takes the newest one"
+        damaged = "it is damaged, or no checkpoint.pt of an earlier run; a complete run keeps none"
         reason = error.strerror if isinstance(error, PermissionError) else damaged
         parser.exit(1, f"{parser.prog}: error: cannot resume from {path}: {reason}\n")
     ending.checkpoint = path
