@@ -88,6 +88,13 @@ def test_photos_are_right_in_the_web_ui(classes: list[str], machine: Machine, on
         assert any((cells[label, :, prediction] == Image.open(file).resize((32, 32))).all() for file in those)
 
 
+def test_a_class_without_test_images_counts_as_0(machine: Machine, online: ClearMLServer) -> None:
+    run = machine.train("--dry-run", "--data-dir", mnist(600, 4))
+    _, _, recall, images = machine.read_task(run.task)["plots"]["per class"]["data"][0]["cells"]["values"]
+    assert 0 in images
+    assert {recall[label] for label, count in enumerate(images) if count == 0} == {"0.00%"}
+
+
 @pytest.mark.parametrize("counts", [(4, 200), (600, 7)], ids=["in the test set", "in the training set"])
 def test_labels_without_a_class_end_the_run_before_the_training(counts: tuple[int, int], machine: Machine) -> None:
     """In the first images of the other set is no 9."""
