@@ -111,10 +111,10 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
     path = given if given.is_file() else newest(given, "checkpoint.pt")
     if not path:
         model = newest(given, "model.pt") if given.is_dir() else given.with_name("model.pt")
-        kept = "; name the folder of a run that was stopped after its first epoch"
+        hint = "name the folder of a run that was stopped after its first epoch"
         if model and model.exists():
-            kept = f"; a complete run keeps no checkpoint, but its model: {model}"
-        parser.error(f"argument --resume: no checkpoint at {given}{kept}")
+            hint = f"a complete run keeps no checkpoint, but its model: {model}"
+        parser.error(f"argument --resume: no checkpoint at {given}; {hint}")
     try:  # tensors and plain values only: nothing in the file is executed
         content = torch.load(path, map_location="cpu", weights_only=True)
         states = {**content["states"], "generator": content["generator"]}

@@ -95,7 +95,7 @@ ENDINGS = {
     "a mistaken call": ("import requests; requests.Session().mount(1, 2)", 1, "failed", "error: TypeError, see above"),
     "nested": ("with run.guard(): pass", 1, "failed", "run.guard was used before in this process"),
     "a full disk": ("raise OSError(28, 'No space left')", 1, "failed", "error: cannot write a file: No space left"),
-    # Between the SDK's handlers, which Task.init sets, and the guard's is no time.
+    # Task.init sets handlers of the SDK's: the guard's are back as soon as it returns.
     "a signal at once": ("import signal; signal.raise_signal(15)\nwhile True: pass", 143, "stopped", "terminated"),
     "a thread": (f"{THREAD}\nraise SystemExit('words')", 1, "failed", "error: words"),
 }
@@ -112,7 +112,7 @@ for case, words in STOPS.items():
 def test_every_end_is_true_and_leaves_nothing(
     write: Write, machine: Machine, stand_in: ClearMLServer, case: str
 ) -> None:
-    """Two workers live when it comes; `atexit` runs, also what was registered before the package was imported."""
+    """Two workers live when it comes, but for a signal at once; `atexit` runs, also what was registered early."""
     code, number, status, words = ENDINGS[case]
     machine.configure(stand_in.configuration())
     place = "init" if case == "a signal at once" else "block"
