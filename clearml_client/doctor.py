@@ -249,7 +249,8 @@ def report(findings: list[Finding], is_well: bool, as_json: bool) -> None:
     for finding in findings:
         source = f"  [{finding.source}]" if finding.source else ""
         print(f"{finding.state:8} {finding.name:30} {finding.value}{source}")
-    print(f"\nTry first: {first}" if first else "\nAll is well.", flush=True)
+    lead = "All works; to improve" if is_well else "Try first"
+    print(f"\n{lead}: {first}" if first else "\nAll is well.", flush=True)
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from clearml_client.server import TIMEOUT
 
 Result = TypeVar("Result")
 GOOD_URI = "s3://host:port/bucket/path, s3://bucket/path, gs://bucket/path, azure://..., a folder, or nothing"
+PLAIN_HTTP = "; plain http is secure: false in the entry of clearml.conf"
 ENTRIES = "sdk.aws.s3.credentials"
 PACKAGES = {"s3": ("boto3", "client"), "gs": ("google-cloud-storage", "gcs"), "azure": ("azure-storage-blob", "azure")}
 STEP = 30  # seconds for each step of a check: where a store answers, the SDK may try again, with pauses
@@ -64,7 +65,7 @@ def check_uri(text: str) -> None:
         if "//" in parts.path:
             raise RunError("two slashes, of which a store and ClearML make different paths", "write one slash")
     elif parts.scheme not in ("", "file") or parts.netloc:
-        cure += "; plain http is secure: false in the entry of clearml.conf" * parts.scheme.startswith("http")
+        cure += PLAIN_HTTP * parts.scheme.startswith("http")
         raise RunError("neither s3://, gs://, azure:// nor a folder whose parent exists", cure)
     elif text and not folder.is_dir():
         if not re.search(r"[/\\]", text):  # more likely a slip: undefined, null, a bucket's name
@@ -152,9 +153,9 @@ class Store:
             if status == 0:
                 self.trouble = reason
             if self.suspicion:
-                raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.source) from error
+                raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.suspicion.source) from error
             cure = LIST_CURE if (verb, trouble.words) == ("check", DENIED) else trouble.cure
-            if ".amazonaws.com" in self.url and self.source == "default" and trouble.words != DENIED:
+            if ".amazonaws.com" in self.url and trouble.words != DENIED:
                 cure += f"; {ELSEWHERE}"
             raise StorageError(reason, cure, self.source) from error
 
@@ -393,7 +394,8 @@ def open_s3(uri: str) -> S3:
         raise StorageError(f"no keys: {reason}", reason.cure, reason.source)
     name = "/".join(uri.split("/")[: 4 if entry.host else 3])
     bucket = session.resource("s3", **arguments).Bucket(name.rpartition("/")[2])
-    url, source = bucket.meta.client.meta.endpoint_url, in_file(ENTRIES) if entry.host else set_by("AWS_ENDPOINT_URL")
+    url, by_entry = bucket.meta.client.meta.endpoint_url, entry.host and not suspicion
+    source = in_file(ENTRIES) if by_entry else set_by("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE")
     verify = "default" if entry.verify is None else entry.verify
     return S3(name, bucket, source, url, f"{keys}, {url}, verify: {verify}", suspicion)
 
@@ -419,7 +421,8 @@ def open_store(uri: str) -> Store:
         if f"{uri}/".startswith(f"{host}/"):
             return FileServer(host, url=host)
     if scheme not in PACKAGES:
-        raise StorageError(f"{uri} is in no storage or file server that is configured", f"write {GOOD_URI}")
+        cure = f"write {GOOD_URI}{PLAIN_HTTP * scheme.startswith('http')}"
+        raise StorageError(f"{uri} is in no storage or file server that is configured", cure)
     package, group = PACKAGES[scheme]
     try:
         importlib.metadata.version(package)

@@ -23,11 +23,13 @@ TOKEN = "a-token/that+nobody may see"
 PROCESS = "error when retrieving credentials from custom-process: "
 SECRET = ClearMLServer.secret_key
 GOOD = f'api {{ api_server: "http://127.0.0.1:1", credentials {{ access_key: "ÄÖÜ", secret_key: "{SECRET}" }} }}\n'
+UNCLOSED = "# {\n" + GOOD.replace("} }", "}  # } closes nothing") + "sdk.aws.s3.credentials: [\n  {}\n]  // {\n"
 BRACKET = f'sdk.aws.s3.credentials: [ {{ host: "store:9000", secret: "{SECRET}" }}\n{GOOD}'
 CONF, ENV = "clearml.conf", ".env"
 BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a bracket forgotten": (CONF, BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
-    "a brace forgotten": (CONF, GOOD.rstrip("}\n").encode(), "the file ends inside of one"),
+    "a brace forgotten": (CONF, UNCLOSED.encode(), "line 2: syntax error (ConfigurationError); the bracket"),
+    "a quote forgotten": (CONF, f'{GOOD}sdk {{ a: "b }}'.encode(), "line 2: syntax error (ConfigurationError); corr"),
     "a byte order mark": (CONF, GOOD.encode("utf-8-sig"), "byte order mark"),
     "Latin-1": (CONF, GOOD.encode("latin-1"), "is no text in UTF-8"),
     "a variable that is set nowhere": (CONF, f"a: ${{NO_SUCH}}\n{GOOD}".encode(), "is ${NO_SUCH} set nowhere?"),

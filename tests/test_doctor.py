@@ -186,6 +186,7 @@ ENTRY = 'write an entry with host: "{host}", keys or use_credentials_chain: true
 STORES = [
     Tried("tls", "access", r"ok: static keys, .* \.\.\.4321, https://.*ca.pem \[sdk.aws.s3.cred", {}, CHECKSUM),
     Tried("tls", "access", r"ok: boto3 finds env, access key \.\.\.4321.* \[AWS_ENDPOINT_URL", None, {}, AWS),
+    Tried("tls", "access", r"ok: boto3 finds env.* \[AWS_ACCESS_KEY_ID", None, {"AWS_ENDPOINT_URL": ""}),
     Tried("gcs", "access", r"ok: application default .*\[STORAGE_EMULATOR_HOST, environment", None),
     Tried("tls", "object", f"failed: .*checksum not understood .*{BOTH}"),
     Tried("rclone", "object", "failed: .*AWS_ENDPOINT_URL", None, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, AWS),
@@ -249,6 +250,7 @@ TARGETS = [
     ("s3://AKIATESTSTORE4321:not-a-secret@127.0.0.1:9000/bucket", "target", "credentials do not belong into the URI"),
     (__file__, "target", "is no folder"),
     ("undefined", "target", "no folder undefined here"),
+    ("http://127.0.0.1:9000/bucket", "access", "plain http is secure: false"),
     (
         "azure://account.blob.core.windows.net/container/path",
         "access",
