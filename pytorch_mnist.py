@@ -272,7 +272,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--data-dir", type=Path, default=DATA, help="MNIST, downloaded if missing")
     parser.add_argument("--dry-run", action="store_true", help="train a single batch")
     parser.add_argument("--output-dir", type=Path, default="outputs", help="folder for local files")
-    parser.add_argument("--resume", nargs="?", const="", help="go on from a checkpoint, or newest")
+    parser.add_argument("--resume", nargs="?", const="", help="resume a checkpoint, or the newest")
     return parser
 
 

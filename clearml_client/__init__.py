@@ -55,7 +55,7 @@ def prepare_environment() -> None:
             os.environ[name] = re.sub(r"""^\s*(["']?)(.*?)\1\s*$""", r"\2", value, flags=re.DOTALL)
             if name.startswith("AWS_") and not os.environ[name]:  # boto3 looks for a profile without a name
                 del os.environ[name]
-    # Torch's threads spin while they wait: by default so long that programs side by side stop each other. The figures
+    # Torch's threads spin while they wait: by default so long that parallel programs block each other. The figures
     # are in docs/how-fast.md.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

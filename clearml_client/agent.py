@@ -78,7 +78,7 @@ def ask_git(folder: Path, *arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         done = subprocess.run(command, capture_output=True, check=True, timeout=60, env=quiet)  # noqa: S603
     except FileNotFoundError as error:
-        raise RunError("there is no git here, and an agent gets the script by it", "install git") from error
+        raise RunError("git is missing here: an agent gets the script by it", "install git") from error
     except subprocess.TimeoutExpired as error:
         raise RunError(f"git {arguments[0]}: no answer for {error.timeout:g} s") from error
     except subprocess.CalledProcessError as error:
@@ -100,7 +100,7 @@ def check_repository(script: Path) -> None:
     remotes = git("remote").split()
     if not remotes:
         cure = "git remote add origin URL; git push --set-upstream origin HEAD"
-        raise RunError(f"the repository {display_path(root)} has no remote, from which an agent gets it", cure)
+        raise RunError(f"the repository {display_path(root)} has no remote for an agent to clone", cure)
     # Other references are what a clone does not get: of a pull request's merge, say.
     branches = [f"refs/remotes/{remote}/" for remote in remotes]
     if not git("for-each-ref", "--contains", commit, *branches) and commit not in git("ls-remote", "--heads", "--tags"):
@@ -112,7 +112,7 @@ def check_repository(script: Path) -> None:
         raise RunError(f"git does not track {', '.join(missing)}: an agent would not have it", f"git add {missing[0]}")
     changes = git("diff", "HEAD")
     if len(changes) > sdk.MAX_DIFF_BYTES:
-        what = f"{plural(len(changes), 'byte')} of uncommitted changes, of which ClearML stores {sdk.MAX_DIFF_BYTES:,}"
+        what = f"{plural(len(changes), 'byte')} of uncommitted changes; an agent gets at most {sdk.MAX_DIFF_BYTES:,}"
         raise RunError(what, "commit and push them")
     if "\nBinary files " in changes:
         raise RunError("an agent cannot apply uncommitted changes of binary files", "commit and push them")

@@ -29,11 +29,11 @@ def name(text: str) -> str:
     try:
         quoted = quote(text, safe="")
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("its letters did not arrive: set LC_ALL=C.UTF-8") from None
+        raise argparse.ArgumentTypeError("it is not valid UTF-8: set LC_ALL=C.UTF-8") from None
     if len(text.strip()) < 3 or '"' in text or ".." in text.split("/"):
         raise argparse.ArgumentTypeError("a name has three characters or more, no double quote and no part `..`")
     if len(quoted) > LONGEST:
-        raise argparse.ArgumentTypeError(f"a name has at most {LONGEST} characters; other letters than a-z count more")
+        raise argparse.ArgumentTypeError(f"a name has at most {LONGEST} bytes, as it is in a URL, where ä has 6")
     return text
 
 

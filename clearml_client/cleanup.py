@@ -10,14 +10,14 @@ a folder, and some keys may not: then only recorded objects go. Where the keys a
 
 What stays, each with its reason: a task that is published, queued or running, or a ClearML dataset; a task with a
 published model or child, with a model that another task uses, or an object that one links to; a task with an object or
-a folder in Azure, outside of each --folder, or in a store that cannot be asked. An object that another task or model
-points to goes with the last of them. What is only a link, to a data set, say, stays.
+a folder in Azure, outside of each --folder, or in a store that cannot be asked. An object of several tasks goes
+with the last of them. What is only a link, to a data set, say, stays.
 
-Killed, or a store broke down: run it again. The record of a task is deleted when each of its objects was seen gone, so
+After a kill or a failure of a store, run it again. The record of a task is deleted only after its objects are gone, so
 that the next run finds what is left. (The SDK's own Task.delete() deletes the record first.)
 
-Exit code 0: all is done, and what stays does so for a good reason; 1: something could not be deleted ("failed" in
---json), or you did not confirm; 2: wrong use.
+Exit code 0: all is done, and what stays does so for a good reason; 1: a failure (in --json "failed" is true
+for a task that could not be deleted), or you did not confirm; 2: wrong use.
 """
 
 import json
@@ -169,7 +169,7 @@ def sum_up(tasks: list[OldTask]) -> str:
     """Count what these tasks own by kind, and its bytes by store."""
     kinds, sizes = Counter[str](), Counter[str]()
     for task in tasks:
-        kinds["foreign object"] += len(task.others)
+        kinds["linked object"] += len(task.others)
         for stored in task.objects:
             kinds["missing object" if stored.size is None else stored.kind] += 1
             sizes[stored.store.name] += stored.size or 0
@@ -314,10 +314,10 @@ class Project:
 def parse_args() -> Namespace:
     parser = ArgumentParser(prog=f"python -m {NAME}", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--project-name", required=True, help="the project, by its whole name; not those below it")
-    parser.add_argument("--older-than", type=float, default=30, metavar="DAYS", help="in the same status (30)")
+    parser.add_argument("--older-than", type=float, default=30, metavar="DAYS", help="days in the same status (30)")
     parser.add_argument("--delete", action="store_true", help="delete, after asking; without it nothing is deleted")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    folders = "where file:// objects may be deleted (repeatable): a folder on a disk, not the point where it is mounted"
+    folders = "where file:// objects may be deleted (repeatable); on a mounted disk, a folder below the mount point"
     parser.add_argument("--folder", type=Path, action="append", default=[], help=folders)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of lines")
     args = parser.parse_args()
@@ -326,9 +326,9 @@ def parse_args() -> Namespace:
         parser.error(f"argument --older-than: {args.older_than:g} is not between 0 and 36500")
     for path in args.folder:
         if not path.is_dir() or path == Path(path.anchor):
-            parser.error(f"argument --folder: {path} is no folder, or the root of all")
+            parser.error(f"argument --folder: {path} is no folder, or the root folder")
     if args.delete and not args.yes and not sys.stdin.isatty():
-        parser.error("--delete asks on a terminal; here is none, so add --yes")
+        parser.error("--delete needs a terminal to ask on, or --yes")
     return args
 
 

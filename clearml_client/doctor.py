@@ -2,7 +2,7 @@
 
     uv run -m clearml_client.doctor                                     # what .env, environment and clearml.conf say
     uv run -m clearml_client.doctor --output-uri s3://host:port/bucket  # another place for the model
-    uv run -m clearml_client.doctor --only storage --json               # one part; for machines
+    uv run -m clearml_client.doctor --only storage --json               # one part; for programs
 
 A line for each check: ok, warning, failed or skipped, what was found, and where it came from. These are the run's own
 checks, taken apart and explained. Nothing is trained and nothing is left behind: one small object is written where the
@@ -122,7 +122,7 @@ def check_settings(setup: Setup) -> Found:
 def check_secrets(_: Setup) -> Found:
     if not errors.weak:  # which redact fills, and so each finding before this one
         return None
-    words = f"too short, or perhaps a word: redacted only where it stands alone: {', '.join(sorted(errors.weak))}"
+    words = f"too short, or too much like a word, to be redacted everywhere: {', '.join(sorted(errors.weak))}"
     return words, "", "make a random secret of 16 characters or more"
 
 
@@ -153,7 +153,7 @@ def check_task(_: Setup) -> Found:
     name = configuration.variable_in_use("CLEARML_TASK_ID")
     tasks = server.call("tasks.get_all", id=[os.environ[name]], only_fields=["name", "status"])["tasks"]
     task = "{name}, which is {status}".format(**tasks[0]) if tasks else f"{os.environ[name]}, which is not there"
-    return f"a run is not a new task, but {task}", variable(name), f"unset {name}, unless an agent has set it"
+    return f"a run goes on in the task {task}", variable(name), f"unset {name}, unless an agent has set it"
 
 
 def check_file_server(_: Setup) -> Found:

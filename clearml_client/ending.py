@@ -112,7 +112,7 @@ class Ending:
         stacks = folder / f"stacks-{os.getpid()}.txt"
         with suppress(OSError), open(stacks, "w") as file:  # of a full disk
             faulthandler.dump_traceback(file)
-        what = f"error: {what}: no answer for {seconds:g} s; where each thread stands is in {stacks}"
+        what = f"error: {what}: no answer for {seconds:g} s; the stacks of all threads are in {stacks}"
         if self.say(what, 1, "failed", seconds=5):
             self.settle()
             abandon(1)

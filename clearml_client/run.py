@@ -166,7 +166,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         reason = configuration.why_offline(self.offline)
         sdk.be_quiet(offline=bool(reason))
         if reason and self.queue:
-            raise UsageError(f"cannot queue: no agent gets an offline session, and it is one, because {reason}")
+            raise UsageError(f"cannot queue an offline session; it is offline because {reason}")
         if reason:
             print(f"ClearML: offline session, because {reason}")
             Task.set_offline(True)

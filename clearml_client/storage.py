@@ -34,7 +34,7 @@ NO_RETRIES: dict[str, Any] = {"timeout": TIMEOUT, "retry": None}  # for Google's
 CHUNK = 2**20  # bytes
 OPENING = Lock()  # a session of boto3's is for one thread at a time
 ELSEWHERE = "for another store than Amazon S3 write s3://host:port/bucket/path, or set AWS_ENDPOINT_URL"
-LIST_CURE = "permit s3:GetObject, and s3:ListBucket, without which what is not there is forbidden, too"
+LIST_CURE = "allow s3:GetObject and s3:ListBucket: without the latter a missing object looks forbidden"
 
 
 class StorageError(RunError):
@@ -57,13 +57,13 @@ def check_uri(text: str) -> None:
     parts, cure = urlsplit(text), f"write {GOOD_URI}"
     folder = Path(text.removeprefix("file://")).expanduser().absolute()  # %20 is no blank: so the SDK has it
     if "@" in parts.netloc:
-        words = "credentials do not belong into the URI, but into clearml.conf or variables"
-        raise RunError(words, f"take them out; they belong in {ENTRIES} or .env")
+        words = "the URI holds credentials, which it must not"
+        raise RunError(words, f"move them to {ENTRIES} in clearml.conf, or to .env")
     if parts.scheme in PACKAGES and text.startswith(parts.scheme):
         if not parts.netloc or ((":" in parts.netloc or parts.scheme == "azure") and not parts.path.strip("/")):
             raise RunError(f"no bucket: {parts.scheme}://bucket/path or s3://host:port/bucket/path", cure)
         if "//" in parts.path:
-            raise RunError("two slashes, of which a store and ClearML make different paths", "write one slash")
+            raise RunError("a double slash, which stores and ClearML read differently", "write one slash")
     elif parts.scheme not in ("", "file") or parts.netloc:
         cure += PLAIN_HTTP * parts.scheme.startswith("http")
         raise RunError("neither s3://, gs://, azure:// nor a folder whose parent exists", cure)

@@ -233,7 +233,7 @@ def test_what_an_offline_session_stored_goes_with_its_last_import(lab: Lab) -> N
     first, second = lab.tasks()
     (model,) = lab.folder.glob("offline-*/model.pt")
     lab.archive(first)
-    assert lab.delete("--folder", lab.folder).count("1 foreign object") == 2 * 2  # the task's and the sum's, twice
+    assert lab.delete("--folder", lab.folder).count("1 linked object") == 2 * 2  # the task's and the sum's, twice
     assert (lab.tasks(), model.exists()) == ([second], True)
     lab.archive(second)
     lab.delete("--folder", lab.folder)
@@ -353,9 +353,9 @@ def test_what_is_its_own_goes_and_what_it_shares_or_only_points_to_stays(lab: La
         lab.model(owner, address)
     lab.artifact(alive, lab.put(f"linked.{linked}/data.bin"))
     said = lab.delete()
-    assert re.search("^deleted maker .* 3 foreign objects", said, re.MULTILINE)
-    assert len(re.findall("^deleted (one|two) .* 1 foreign object", said, re.MULTILINE)) == 2
-    assert re.search("^deleted killed .* 2 foreign objects, 1 unrecorded object, 1.00kB", said, re.MULTILINE)
+    assert re.search("^deleted maker .* 3 linked objects", said, re.MULTILINE)
+    assert len(re.findall("^deleted (one|two) .* 1 linked object", said, re.MULTILINE)) == 2
+    assert re.search("^deleted killed .* 2 linked objects, 1 unrecorded object, 1.00kB", said, re.MULTILINE)
     assert re.search(f"^left linked .* task {alive} has a link to its unrecorded object", said, re.MULTILINE)
     assert lab.tasks() == [linked, alive]
     assert {re.sub(".*/", "", key) for key in lab.objects()} == {"set.zip", "model.bin", "0.bin", "1.bin", "data.bin"}

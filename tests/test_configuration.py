@@ -42,8 +42,8 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a pipe": (CONF, os.mkfifo, "is no file, but a folder, a pipe"),  # as of <(command): a look would empty it, or wait
     # As the HOME of another user, in a container that runs by number:
     "what cannot be read": (CONF, lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic"),
-    "empty": (CONF, b"", "says nothing"),
-    "only comments": (CONF, b"# nothing yet\n\n  // as before\n", "says nothing"),
+    "empty": (CONF, b"", "sets nothing"),
+    "only comments": (CONF, b"# nothing yet\n\n  // as before\n", "sets nothing"),
     "a number": (CONF, b"api: 5", "api is no section"),  # which parses, and is no reason for an offline run
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
     "a name alone": (ENV, b"CLEARML_OUTPUT_URI\n", "line 1: not understood"),

@@ -503,7 +503,7 @@ def test_what_is_refused_before_anything_exists(
 ) -> None:
     """In this process: it is the start of one that takes seconds."""
     good, named = uninterrupted.folder / "saved.pt", "a name has slashes"
-    few, many = "has three characters or more", "has at most 220 characters"
+    few, many = "has three characters or more", "has at most 220 bytes"
     cases: list[tuple[str, int, Sequence[object], str]] = [
         (GONE, 2, ["--resume", "--output-dir", tmp_path / "none"], f"no checkpoint at {tmp_path}/none; name"),
         (GONE, 2, ["--resume", tmp_path / "none.pt"], f"no checkpoint at {tmp_path}/none.pt; name"),

@@ -258,7 +258,7 @@ def test_no_worker_is_forked_while_the_sdk_asks_git(write: Write, machine: Machi
 LIMIT = "from clearml_client.ending import LIMITS, limit; import ctypes, time\n"
 RESUME = "Task.query_tasks = lambda **_: time.sleep(600); run.limit = lambda _, what: limit(1, what)\n"
 RESUME += "run.check_resumable('abc')"
-STACKS = "where each thread stands is in "
+STACKS = "the stacks of all threads are in "
 HANGS = {
     "a thread that waits": ("block", "with limit(1, 'a'): time.sleep(600)", f"error: a: no answer for 1 s; {STACKS}"),
     "the interpreter's lock held": ("above", "with limit(1, 'a'): ctypes.PyDLL(None).sleep(600)", "Timeout (0:00:11)!"),

@@ -197,15 +197,15 @@ def test_a_checkout_as_cloned_or_of_a_tag_is_well(checkout: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("spoil", "words", "cure"),
     [
-        ("git remote remove origin", "has no remote, from which an agent gets it", "git remote add origin URL"),
+        ("git remote remove origin", "has no remote for an agent to clone", "git remote add origin URL"),
         (NOT_PUSHED, "is not pushed: an agent cannot get it", "git push"),
         (PULL_REQUEST, "is not pushed: an agent cannot get it", "git push"),
         (f"{NOT_PUSHED}; git remote set-url origin /no", "git ls-remote in .*'/no' does not appear to be a git", ""),
         ("rm -rf .git", "git rev-parse in .*: not a git repository", "commit, push"),
-        (MANY_CHANGES, "bytes of uncommitted changes, of which ClearML stores 500,000", "commit and push them"),
+        (MANY_CHANGES, "bytes of uncommitted changes; an agent gets at most 500,000", "commit and push them"),
         (f"echo | gzip > {PICTURES}", "cannot apply uncommitted changes of binary files", "commit and push them"),
         ("GIT_TEST_ASSUME_DIFFERENT_OWNER=1", "dubious ownership", "git config --global --add safe.directory {}"),
-        ("PATH=/nowhere", "there is no git here", "install git"),
+        ("PATH=/nowhere", "git is missing here", "install git"),
     ],
 )
 def test_what_an_agent_could_not_run_is_refused(
@@ -274,7 +274,7 @@ def test_what_is_refused_leaves_no_task(machine: Machine, online: ClearMLServer,
     [
         (["--queue", ""], "argument --queue: an empty name"),
         (["--queue", "default", "--offline"], "argument --queue: not allowed with --offline"),
-        (["--queue", "default"], "cannot queue: no agent gets an offline session, and it is one, because no server"),
+        (["--queue", "default"], "cannot queue an offline session; it is offline because no server"),
     ],
 )
 def test_a_queue_without_a_name_or_a_server_is_wrong_use(machine: Machine, arguments: list[str], words: str) -> None:

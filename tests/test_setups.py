@@ -106,7 +106,7 @@ BUNDLE = {"REQUESTS_CA_BUNDLE": certifi.where()}
 WEAK = {"AWS_SECRET_ACCESS_KEY": "pa-55"}
 BY_VARIABLE = {"CLEARML_API_HOST_VERIFY_CERT": '"false"', "CURL_CA_BUNDLE": certifi.where()}
 PROXY = {"HTTP_PROXY": "$api", "NO_PROXY": "127.0.0.1"}  # which answers for any name
-LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid goes without".format
+LOST = "asked through the proxy http://[*]+@127.0.0.1:[0-9]+: NO_PROXY={}.invalid bypasses it".format
 NOBODY = {"HTTP_PROXY": "http://me:p@ss-word@$nobody", "NO_PROXY": "127.0.0.1"}
 KEYS = {"CLEARML_API_ACCESS_KEY": ClearMLServer.access_key, "CLEARML_API_SECRET_KEY": ClearMLServer.secret_key}
 HOSTS = {"CLEARML_API_HOST": "$api", "CLEARML_FILES_HOST": "$files"}
@@ -127,7 +127,7 @@ RIGHT = [
     Case(SCRIPT, "$unusual", {"CLEARML_API_DEFAULT_REQ_METHOD": "PUT"}, "Stored: http:"),
     Case(SCRIPT, "sdk {}", TOKEN, "Stored: http:"),
     Case(SCRIPT, f"$server {TARGET}", BEATEN, "Stored: http:"),
-    Case(FILES, "$server", WEAK, r"(?s)warning .*secrets .*stands alone: AWS_SECRET_ACCESS.*\nAll works; to improve: "),
+    Case(FILES, "$server", WEAK, r"(?s)warning .*secrets .*everywhere: AWS_SECRET_ACCESS.*\nAll works; to improve: "),
     Case(FILES, "$server", {"AWS_SECRET_ACCESS_KEY": "0123456789abcdef"}, "All is well"),
 ]
 WRONG = [
