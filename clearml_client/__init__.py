@@ -77,7 +77,8 @@ def check_lines(text: str) -> None:
         place = f"{DOTENV}, line {binding.original.line + blank_lines}"
         if binding.error or (binding.key and binding.value is None):
             raise RunError(f"{place}: not understood", "write NAME=value")
-        if meant := get_close_matches(binding.key or "", unset, 1, 0.94):
+        whole = re.sub("^OUTPUT_", "CLEARML_OUTPUT_", binding.key or "")
+        if meant := get_close_matches(whole, unset, 1, 0.94):
             raise RunError(f"{place}: there is no {binding.key}", f"write {meant[0]}")
 
 

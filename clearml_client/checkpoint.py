@@ -63,6 +63,7 @@ def save(path: Path, args: argparse.Namespace, task: str, epoch: int, parts: dic
     if earlier and earlier.absolute() != path.absolute() and earlier.parent.name.startswith("offline-"):
         with suppress(OSError):  # a folder that cannot be written
             earlier.unlink()  # of the offline session that goes on in this one
+            earlier.parent.rmdir()  # if nothing else is in it
 
 
 def flush_reports() -> None:
@@ -111,7 +112,7 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
     path = given if given.is_file() else newest(given, "checkpoint.pt")
     if not path:
         model = newest(given, "model.pt") if given.is_dir() else given.with_name("model.pt")
-        hint = "name the folder of a run that was stopped after its first epoch"
+        hint = "name the folder of a run that was stopped after its first epoch; resumed offline, it has a new folder"
         if model and model.exists():
             hint = f"a complete run keeps no checkpoint, but its model: {model}"
         parser.error(f"argument --resume: no checkpoint at {given}; {hint}")

@@ -206,7 +206,6 @@ CHECKS: dict[str, tuple[Check, Sequence[str]]] = {
     "configuration: .env": (check_dotenv, ()),
     "configuration: file": (check_file, ()),
     SERVER: (check_settings, ["configuration: file"]),
-    "configuration: secrets": (check_secrets, ["configuration: file"]),
     "configuration: cache folder": (check_cache, ["configuration: file"]),
     "server: API": (check_api, [SERVER]),
     "server: keys": (check_keys, ["server: API"]),
@@ -216,6 +215,7 @@ CHECKS: dict[str, tuple[Check, Sequence[str]]] = {
     "storage: access": (check_access, ["configuration: file", "storage: target"]),
     "storage: object": (check_object, ["storage: access"]),
     "machine: torch": (check_machine, ()),
+    "configuration: secrets": (check_secrets, ["configuration: file"]),  # last, as the least of the warnings
 }
 
 

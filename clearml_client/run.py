@@ -49,6 +49,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     output_uri = ""  # where the run stores everything; "" in an offline session that stores nothing elsewhere
     task_id: str | bool = False  # of the task that is resumed; False: a new one
     kept: Sequence[ModuleType] = ()
+    callback = 0  # of the SDK's
 
     def __init__(
         self, output_uri: str | None = None, offline: bool = False, queue: str | None = None, resume: str = ""
@@ -77,6 +78,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
             self.prepare()
         except BaseException as error:
             self.leave(error)
+        self.callback = sdk.WeightsFileHandler.add_pre_callback(self.skip_without_server)
         for handler in logging.getLogger("clearml").handlers:
             handler.addFilter(self.lost)
         return self
@@ -144,6 +146,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
     def release(self) -> None:
         """Leave nothing of the guard behind: the process goes on, and a notebook may have another run."""
         self.watcher.close()
+        sdk.WeightsFileHandler.remove_pre_callback(self.callback)
         for handler in logging.getLogger("clearml").handlers:
             handler.removeFilter(self.lost)
         if in_notebook():
@@ -163,7 +166,8 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         agent.exclude_lock_from_diff()
         configuration.check(self.offline)
         configuration.check_cache()
-        reason = configuration.why_offline(self.offline)
+        asked = "the run to resume is offline" if self.resume.startswith("offline-") else "--offline was given"
+        reason = configuration.why_offline(asked * self.offline)
         sdk.be_quiet(offline=bool(reason))
         if reason and self.queue:
             raise UsageError(f"cannot queue an offline session; it is offline because {reason}")
@@ -228,6 +232,19 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                 raise RunError("what is stored there differs" if addresses else "no address of it is recorded")
         self.stored = same[-1] if self.output_uri else ""
         print(f"Model: {path}")
+
+    def skip_without_server(self, _: object, model: Any) -> Any:
+        """Be the SDK's callback before it makes a model of a file that torch.save has written, as it does by default.
+
+        For a server that is away the SDK would wait for hours. Here the training goes on, and the run fails at its end.
+        """
+        try:
+            if not Task.is_offline():
+                server.ping()
+        except RunError as error:
+            self.lost.messages.append(f"{model.local_model_path} was not registered: {error}")
+            return None
+        return model
 
     def finish(self) -> None:
         """Close the task, and see that the server has it complete and that all of its objects are there."""

@@ -27,10 +27,12 @@ from clearml.backend_interface.metrics import Reporter
 from clearml.backend_interface.session import SendError  # of a call that the server refuses, whenever; an export
 from clearml.backend_interface.task.log import TaskHandler
 from clearml.backend_interface.task.repo.scriptinfo import ScriptInfo
+from clearml.binding.frameworks import WeightsFileHandler  # its callbacks are public; an export
 from clearml.config import config_obj, get_cache_dir  # the merged settings; way out: Task.get_config() or the like
 from clearml.storage.helper import StorageHelper, _Boto3Driver, _HttpDriver
 
-__all__ = ["Session", "config_obj", "get_cache_dir", "get_config_file", "get_http_session_with_retry"]
+__all__ = ["Session", "WeightsFileHandler", "config_obj", "get_cache_dir", "get_config_file"]
+__all__ += ["get_http_session_with_retry"]
 ERRORS = (LoginError, SendError)
 # Of uncommitted changes; more of them go to the storage, as an artifact.
 MAX_DIFF_BYTES: int = ScriptInfo.max_diff_size_bytes

@@ -25,6 +25,7 @@ SECRET = ClearMLServer.secret_key
 GOOD = f'api {{ api_server: "http://127.0.0.1:1", credentials {{ access_key: "ÄÖÜ", secret_key: "{SECRET}" }} }}\n'
 UNCLOSED = "# {\n" + GOOD.replace("} }", "}  # } closes nothing") + "sdk.aws.s3.credentials: [\n  {}\n]  // {\n"
 BRACKET = f'sdk.aws.s3.credentials: [ {{ host: "store:9000", secret: "{SECRET}" }}\n{GOOD}'
+BY_UV = "uv = 0.13.9\n"  # in pyvenv.cfg
 CONF, ENV = "clearml.conf", ".env"
 BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a bracket forgotten": (CONF, BRACKET.encode(), "line 2: syntax error"),  # where the parser finds it
@@ -48,6 +49,7 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a line that sets nothing": (ENV, b"# fine\nCLEARML_OUTPUT_URI: /tmp/x\n", "line 2: not understood"),
     "a name alone": (ENV, b"CLEARML_OUTPUT_URI\n", "line 1: not understood"),
     "a variable misspelt": (ENV, b"A=1\n\n\n CLEARML_OUTPUT_URL=x", "line 4: there is no CLEARML_OUTPUT_URL; write C"),
+    "a variable without its prefix": (ENV, b"OUTPUT_URI=x", "there is no OUTPUT_URI; write CLEARML_OUTPUT_URI"),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }
@@ -103,6 +105,20 @@ def test_a_misspelt_name_is_no_offline_run_in_silence(here: Machine, text: str, 
         configuration.why_offline()
     assert refusal.value.message().endswith(f"clearml.conf: there is no setting {words}")
     (here.home / "clearml.conf").write_text(f"{text}\n{GOOD}\napi2 {{}}")
+    sdk.forget_settings()
+    configuration.check()
+    assert configuration.why_offline() == ""
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("file_server", "files_server"), ("webserver", "web_server")])
+def test_a_misspelt_name_is_named_where_the_server_is_found_without_it(here: Machine, wrong: str, right: str) -> None:
+    """The SDK would guess the address."""
+    (here.home / "clearml.conf").write_text(f"{GOOD}api.{wrong}: x")
+    configuration.check()
+    with pytest.raises(RunError, match=f"there is no setting {wrong}") as refusal:
+        configuration.why_offline()
+    assert refusal.value.cure == f"write {right}"
+    (here.home / "clearml.conf").write_text(f"{GOOD}api.{wrong}: x\napi.{right}: x")
     sdk.forget_settings()
     configuration.check()
     assert configuration.why_offline() == ""
@@ -203,20 +219,22 @@ def test_what_a_credential_process_prints_is_no_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uv", "folder", "module", "script"),
+    ("uv", "made_by", "folder", "module", "script"),
     [
-        (True, "project", "uv run -m a.b x", "uv run s.py"),
-        (True, "other", "uv run --directory {project} -m a.b x", "uv run --project {project} s.py"),
-        (False, "project", "{python} -m a.b x", "{python} s.py"),
-        (False, "other", "cd {project} && {python} -m a.b x", "{python} s.py"),
+        (True, BY_UV, "project", "uv run -m a.b x", "uv run s.py"),
+        (True, BY_UV, "other", "uv run --directory {project} -m a.b x", "uv run --project {project} s.py"),
+        (True, "", "project", "{python} -m a.b x", "{python} s.py"),  # by pip: uv would install it anew
+        (False, BY_UV, "project", "{python} -m a.b x", "{python} s.py"),
+        (False, BY_UV, "other", "cd {project} && {python} -m a.b x", "{python} s.py"),
     ],
 )
 def test_a_command_is_one_that_the_user_can_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uv: bool, folder: str, module: str, script: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uv: bool, made_by: str, folder: str, module: str, script: str
 ) -> None:
     project, python = tmp_path / "project", tmp_path / "project/.venv/bin/python"
     python.parent.mkdir(parents=True)
     python.touch(0o755)
+    (project / ".venv/pyvenv.cfg").write_text(f"home = /usr/bin\n{made_by}version_info = 3.11.7\n")
     (tmp_path / "other").mkdir()
     monkeypatch.setattr(errors, "ROOT", project)
     monkeypatch.setattr(sys, "prefix", str(project / ".venv"))

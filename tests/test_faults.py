@@ -421,7 +421,7 @@ def test_a_checkpoint_waits_for_the_reports_that_it_covers(monkeypatch: pytest.M
 def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
     begin: Begin, machine: Machine, uninterrupted: Uninterrupted
 ) -> None:
-    kill_after("epoch 3/12", begin(*RECIPE))
+    kill_after("epoch 3/12", begin("--offline", *RECIPE))
     (older := machine.home / "outputs/older/checkpoint.pt").parent.mkdir()
     older.touch()
     os.utime(older, (0, 0))
@@ -430,7 +430,9 @@ def test_resume_offline_goes_on_in_a_new_session_that_begins_there(
     found = re.search(r"resumed after epoch (\d+) from \S+, in a new session, which begins there", second.stdout)
     assert found, second.everything
     assert uninterrupted.has_same_weights(machine.outputs("model.pt"))
-    assert [*machine.home.glob("outputs/*/checkpoint.pt")] == [older]
+    assert "ClearML: offline session, because the run to resume is offline\n" in second.stdout
+    assert {*machine.home.glob("outputs/*")} == {older.parent, machine.home / "outputs" / second.task}
+    assert older.exists()
     _, events, _ = read_session(machine.home / f".clearml/cache/offline/{second.task}.zip")
     assert {step for points in curves_in(events).values() for step in points} == {*range(3 * int(found[1]) + 1, 37)}
 

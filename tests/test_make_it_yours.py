@@ -88,6 +88,14 @@ def test_photos_are_right_in_the_web_ui(classes: list[str], machine: Machine, on
         assert any((cells[label, :, prediction] == Image.open(file).resize((32, 32))).all() for file in those)
 
 
+def test_a_photo_that_is_cut_off_is_named(machine: Machine) -> None:
+    script = edit_example(machine.home, ["cat", "dog"])
+    draw(script.parent / "data", ["cat", "dog"])
+    photo = script.parent / "data/train/dog/35.png"
+    photo.write_bytes(photo.read_bytes()[:100])
+    assert f"error: {photo} is not a complete photo: " in machine.run(script, code=1).stderr
+
+
 def test_a_class_without_test_images_counts_as_0(machine: Machine, online: ClearMLServer) -> None:
     run = machine.train("--dry-run", "--data-dir", mnist(600, 4))
     _, _, recall, images = machine.read_task(run.task)["plots"]["per class"]["data"][0]["cells"]["values"]

@@ -111,7 +111,7 @@ def test_a_task_id_that_was_left_over_is_refused_and_nothing_is_touched(
     if status:
         doctor = begin("clearml_client.doctor", "--only", "server", script="-m", CLEARML_TASK_ID=task)
         assert doctor.end() == 0
-        warning = f"^warning +server: task .*but an old one, which is {status} .*CLEARML_TASK"
+        warning = f"^warning +server: task .*in the task an old one, which is {status} .*CLEARML_TASK"
         assert re.search(warning, doctor.stdout, re.MULTILINE)
     assert (own_server.tasks, own_server.models) == before
     assert not any(own_server.events.values())

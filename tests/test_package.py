@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from clearml_server import ClearMLServer
-from conftest import ROOT, Machine
+from conftest import ROOT, Begin, Machine, wait_until
 from stores import Rclone
 
 PACKAGE = ROOT / "clearml_client"
@@ -219,6 +219,26 @@ print("ended by", child.wait(), forked.exitcode, os.waitstatus_to_exitcode(os.wa
     run = machine.run(write(top=top, block=block))
     assert "ended by -15 -15 3" in run.stdout
     assert run.stderr == ""
+
+
+WAIT = "import time\nPath('ready').touch()\nwhile Path('ready').exists(): time.sleep(0.1)"
+NOT_REGISTERED = "ClearML lost something: .*/line.pt was not registered: no answer from the ClearML API server"
+
+
+def test_a_model_that_torch_save_makes_does_not_wait_for_a_server_that_is_away(
+    write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer
+) -> None:
+    """As the SDK has it by default. The training goes on, and in the end the run says what is missing."""
+    script = write(block=WAIT)
+    script.write_text(script.read_text().replace(", auto_connect_frameworks=False", ""))
+    run = begin(script=script)
+    wait_until((machine.home / "ready").exists, run)
+    own_server.stop()
+    (machine.home / "ready").unlink()
+    run.wait_for("waiting for the ClearML server")
+    own_server.start()
+    assert run.end() == 1, run.everything
+    assert re.search(NOT_REGISTERED, run.stderr), run.stderr
 
 
 ASYNC = "async_enable=False"
