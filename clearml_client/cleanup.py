@@ -161,7 +161,9 @@ class OldTask:
         self.reason = self.reason or (reason if isinstance(reason, RunError) else KeepTask(reason))
 
     def __str__(self) -> str:
-        text = f"{self.name} ({self.id}), {plural(self.days, 'day')}: {sum_up([self])}"
+        text = f"{self.name} ({self.id}), {plural(self.days, 'day')}"
+        if self.objects or self.others or not self.reason:  # else the reason may be why none was counted
+            text += f": {sum_up([self])}"
         return f"{text}; {self.not_listed}" if self.not_listed else text
 
 

@@ -341,6 +341,8 @@ def s3_entry(uri: str) -> tuple[Any, RunError | None]:
     what = f"no entry for {uri} is in the list {one_line(read)}"
     if ":" not in place:
         what, cure = f"{uri} names no host and port, as for Amazon S3", ELSEWHERE
+    if sdk.setting(f"api.{ENTRIES}", None):
+        what, cure = f"{ENTRIES} is inside api {{ }}", "move it to the end of the file, outside all braces"
     for each in read:
         host = str(each.get("host"))
         if ":" in host and host != place and host.partition(":")[0] == place.partition(":")[0]:

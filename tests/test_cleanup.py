@@ -307,7 +307,9 @@ def test_all_that_is_old_and_archived_goes_or_has_a_reason(lab: Lab, tmp_path: P
         assert item["id"] != goes or [*item["objects"].values()] == [1000] * 4
     for task in failures:
         del lab.server.tasks[task]
-    assert len(re.findall("^left ", lab.delete(*arguments), re.MULTILINE)) == len(reasons), "exit code 0"
+    said = lab.delete(*arguments)
+    assert len(re.findall("^left ", said, re.MULTILINE)) == len(reasons), "exit code 0"
+    assert re.search(r"^its folder \(\w+\), \d+ days; stays: file://", said, re.MULTILINE), "with a count"
 
 
 @pytest.mark.parametrize("denied", ["GET .*[?&]prefix=", "DELETE"])
