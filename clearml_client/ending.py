@@ -29,6 +29,7 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SI
 SIGNALS |= {signal.SIGUSR1: "stopped by SIGUSR1", signal.SIGXCPU: "out of CPU time"}  # of batch systems
 WAKE_UP = signal.SIGURG  # of our own: it does nothing to who does not listen
 LIMITS = {"init": 120, "execute_remotely": 120}  # seconds for a call of clearml.Task
+SILENT = 5  # seconds that the main thread waits for the server without a word
 LAST_RESORT = 30  # seconds in which a run that has failed must end
 SCRIPT = Path(sys.argv[0])
 OWN_STEPS, INTERRUPTIBLE = {"guard.__enter__", "guard.__exit__"}, {"guard.prepare", "guard.finish"}
@@ -241,6 +242,9 @@ class Watcher:
                 for number in self.receiver.recv(1):
                     if number in SIGNALS:
                         self.stop(signal.Signals(number))
+            if sdk.asked_at and time.monotonic() - sdk.asked_at > SILENT:
+                sdk.asked_at = 0  # once
+                print("waiting for the ClearML server to come back")
             if not ending.task and not ending.call and (task := Task.current_task()):
                 ending.task = task
                 if not task.is_offline():

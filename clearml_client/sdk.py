@@ -9,6 +9,8 @@ import io
 import json
 import logging
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,12 +65,19 @@ def forget_settings() -> None:
     config_obj.set_config_impl(None)
 
 
+asked_at = 0.0  # when the main thread has sent what it waits for, by time.monotonic()
+
+
 def send_request(*arguments: Any, **options: Any) -> Any:
     """Send a call as the SDK does, but for two answers of a server that was restarted, or that has revoked the keys.
 
     Of a token that is void the SDK gets a new one, but sends the call again with the old one: send it once more. Where
     there is no new token it prints a traceback and tries again, for ever: give the server's answer. Way out: the same.
     """
+    global asked_at
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:
+        asked_at = time.monotonic()
     try:
         answer = send_once(*arguments, **options)
         return send_once(*arguments, **options) if answer is not None and answer.status_code == 401 else answer
@@ -79,6 +88,9 @@ def send_request(*arguments: Any, **options: Any) -> Any:
         meta["endpoint"] = {"name": "auth.login", "requested_version": 1.0, "actual_version": "1.0"}
         refused.raw = io.BytesIO(json.dumps({"meta": meta, "data": {}}).encode())
         return refused
+    finally:
+        if in_main:
+            asked_at = 0
 
 
 send_once, Session.send_request = Session.send_request, send_request

@@ -241,6 +241,21 @@ def test_a_model_that_torch_save_makes_does_not_wait_for_a_server_that_is_away(
     assert re.search(NOT_REGISTERED, run.stderr), run.stderr
 
 
+def test_a_call_that_waits_for_the_server_is_not_silent(
+    write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer
+) -> None:
+    """And where the server comes back, nothing is lost."""
+    block = f"{WAIT}\ntask.upload_artifact('notes', {{'a': 1}}, wait_on_upload=True)"
+    run = begin(script=write(block=block), CLEARML_OUTPUT_URI=str(machine.home))
+    wait_until((machine.home / "ready").exists, run)
+    own_server.stop()
+    (machine.home / "ready").unlink()
+    run.wait_for("waiting for the ClearML server to come back")
+    own_server.start()
+    assert run.end() == 0, run.everything
+    assert "notes" in machine.read_task(run.task)["artifacts"]
+
+
 ASYNC = "async_enable=False"
 REMOVED = "line.pt was removed before .*auto_delete_file=False. keeps it"
 
