@@ -233,6 +233,17 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         self.stored = same[-1] if self.output_uri else ""
         print(f"Model: {path}")
 
+    def check_objects(self, objects: dict[str, int]) -> None:
+        """Raise RunError for one that is not at its address, or has another size."""
+        for address, size in objects.items():
+            with explained(f"cannot see whether {address} is complete"):
+                store = storage.open_store(address)
+                found = store.size(store.key(address))
+            if found is None:
+                raise RunError(f"{address} is missing")
+            if size not in (0, found):
+                raise RunError(f"{address} has {found} bytes, and not {size}")
+
     def skip_without_server(self, _: object, model: Any) -> Any:
         """Be the SDK's callback before it makes a model of a file that torch.save has written, as it does by default.
 
@@ -256,22 +267,20 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         else:
             what, last = "the last reports did not reach the server", f"Results: {task.get_output_log_web_page()}"
         wait_for_server(what)
-        with explained(what), limit(180, what):
-            task.flush(wait_for_uploads=True)
-            for address, size in stored_objects().items():
-                store = storage.open_store(address)
-                found = store.size(store.key(address))
-                if found is None:
-                    raise RunError(f"{address} is missing")
-                if size not in (0, found):
-                    raise RunError(f"{address} has {found} bytes, and not {size}")
-            if self.lost.messages:
-                raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
-            task.close()
-            # An agent, and not this process, completes a task that it runs.
-            completed_here = Task.running_locally() and not task.is_offline()
-            if completed_here and (status := Task.get_task(task.id).status) != "completed":
-                raise RunError(f"the ClearML server has the task as {status}")
+        with limit(180, what):
+            with explained(what):
+                task.flush(wait_for_uploads=True)
+                objects = stored_objects()
+            with explained():
+                self.check_objects(objects)
+                if self.lost.messages:
+                    raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
+            with explained(what):
+                task.close()
+                # An agent, and not this process, completes a task that it runs.
+                completed_here = Task.running_locally() and not task.is_offline()
+                if completed_here and (status := Task.get_task(task.id).status) != "completed":
+                    raise RunError(f"the ClearML server has the task as {status}")
         if not ending.claim(0, "completed", ""):
             raise KeyboardInterrupt  # by a signal that came before; one that comes now is too late
         if ending.checkpoint:

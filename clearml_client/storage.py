@@ -137,7 +137,7 @@ class Store:
     def attempt(self, verb: str, action: Callable[[], Result], again: bool = True) -> Result | None:
         """Return what the action returns; None where there is no such object. Raise StorageError otherwise."""
         if self.trouble:
-            raise StorageError(self.trouble)
+            raise StorageError(f"cannot {verb}: {self.trouble}")
         try:
             return call_with_timeout(self.timeout, "time-out", action) if self.timeout else action()
         except RunError:
@@ -151,7 +151,7 @@ class Store:
             meaning = {0: "no answer", 401: "wrong keys", 403: "forbidden", 404: "not there"}.get(status, "refused")
             reason = f"cannot {verb}: {meaning}: {trouble.words} ({one_line(error)}){server.proxy_note(self.url)}"
             if status == 0:
-                self.trouble = reason
+                self.trouble = f"{meaning}, as before: {trouble.words}"
             if self.suspicion:
                 raise StorageError(f"{reason}; {self.suspicion}", self.suspicion.cure, self.suspicion.source) from error
             cure = LIST_CURE if (verb, trouble.words) == ("check", DENIED) else trouble.cure

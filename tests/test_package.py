@@ -221,39 +221,50 @@ print("ended by", child.wait(), forked.exitcode, os.waitstatus_to_exitcode(os.wa
     assert run.stderr == ""
 
 
-WAIT = "import time\nPath('ready').touch()\nwhile Path('ready').exists(): time.sleep(0.1)"
+WAIT = "import time\nPath('ready').touch()\nwhile Path('ready').exists(): time.sleep(0.1)\n"
+CALL = "task.upload_artifact('notes', {'a': 1}, wait_on_upload=True)"
 NOT_REGISTERED = "ClearML lost something: .*/line.pt was not registered: no answer from the ClearML API server"
 
 
-def test_a_model_that_torch_save_makes_does_not_wait_for_a_server_that_is_away(
-    write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer
+@pytest.mark.parametrize(
+    ("left_out", "call", "code", "words"),
+    [(", auto_connect_frameworks=False", "", 1, NOT_REGISTERED), ("", CALL, 0, "")],
+)
+def test_a_server_that_is_away_for_a_while(
+    write: Write,
+    begin: Begin,
+    machine: Machine,
+    own_server: ClearMLServer,
+    left_out: str,
+    call: str,
+    code: int,
+    words: str,
 ) -> None:
-    """As the SDK has it by default. The training goes on, and in the end the run says what is missing."""
-    script = write(block=WAIT)
-    script.write_text(script.read_text().replace(", auto_connect_frameworks=False", ""))
-    run = begin(script=script)
-    wait_until((machine.home / "ready").exists, run)
-    own_server.stop()
-    (machine.home / "ready").unlink()
-    run.wait_for("waiting for the ClearML server")
-    own_server.start()
-    assert run.end() == 1, run.everything
-    assert re.search(NOT_REGISTERED, run.stderr), run.stderr
-
-
-def test_a_call_that_waits_for_the_server_is_not_silent(
-    write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer
-) -> None:
-    """And where the server comes back, nothing is lost."""
-    block = f"{WAIT}\ntask.upload_artifact('notes', {{'a': 1}}, wait_on_upload=True)"
-    run = begin(script=write(block=block), CLEARML_OUTPUT_URI=str(machine.home))
+    """By default torch.save makes a model: it is left out, and the run fails at its end. A call waits, and says so."""
+    script = write(block=WAIT + call)
+    script.write_text(script.read_text().replace(left_out, ""))
+    run = begin(script=script, CLEARML_OUTPUT_URI=str(machine.home))
     wait_until((machine.home / "ready").exists, run)
     own_server.stop()
     (machine.home / "ready").unlink()
     run.wait_for("waiting for the ClearML server to come back")
     own_server.start()
-    assert run.end() == 0, run.everything
-    assert "notes" in machine.read_task(run.task)["artifacts"]
+    assert run.end() == code, run.everything
+    assert re.search(words, run.stderr), run.stderr
+    assert ("notes" in machine.read_task(run.task)["artifacts"]) == bool(call)
+
+
+def test_a_store_that_dies_is_not_taken_for_the_server(
+    write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer, tmp_path: Path
+) -> None:
+    with Rclone(tmp_path / "store") as store:
+        machine.configure(own_server.configuration(), store.clearml_conf())
+        script = write(block=f"{WAIT}task.upload_artifact('notes', {{'a': 1}})\nraise SystemExit(0)")
+        run = begin(script=script, CLEARML_OUTPUT_URI=store.uri("x"))
+        wait_until((machine.home / "ready").exists, run)
+    (machine.home / "ready").unlink()
+    assert run.end() == 1, run.everything
+    assert re.search(r"error: cannot see whether s3://.*/notes.* is complete: cannot check: no answer", run.stderr)
 
 
 ASYNC = "async_enable=False"
