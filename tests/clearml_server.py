@@ -366,6 +366,8 @@ class ClearMLServer:
         known = {project["name"] for project in self.projects.values()}
         if name in known:
             raise ApiError(f"Project with the same name already exists: name={name}, company={COMPANY}", 801)
+        if any(len(part) < 3 for part in name.split("/")):
+            raise ApiError("Validation error (Project name cannot be blank)", 12)
         above = name.rpartition("/")[0]
         if above and above not in known:
             self.projects_create(above)
