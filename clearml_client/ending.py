@@ -244,7 +244,7 @@ class Watcher:
                         self.stop(signal.Signals(number))
             if sdk.asked_at and time.monotonic() - sdk.asked_at > SILENT:
                 sdk.asked_at = 0  # once
-                print("waiting for the ClearML server to come back")
+                print("waiting for the ClearML server")
             if not ending.task and not ending.call and (task := Task.current_task()):
                 ending.task = task
                 if not task.is_offline():

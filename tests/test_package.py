@@ -247,7 +247,7 @@ def test_a_server_that_is_away_for_a_while(
     wait_until((machine.home / "ready").exists, run)
     own_server.stop()
     (machine.home / "ready").unlink()
-    run.wait_for("waiting for the ClearML server to come back")
+    run.wait_for("waiting for the ClearML server")
     own_server.start()
     assert run.end() == code, run.everything
     assert re.search(words, run.stderr), run.stderr
