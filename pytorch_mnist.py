@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from clearml_client import agent, checkpoint, run
-from clearml_client.arguments import name, number, storage_uri
+from clearml_client.arguments import name, names, number, storage_uri
 
 DATA = Path(__file__).resolve().parent / "data"
 LOCAL = ("data_dir", "output_dir", "offline", "queue", "resume")  # not hyperparameters
@@ -252,7 +252,7 @@ def report_results(
 def make_parser() -> ArgumentParser:
     style, uri = ArgumentDefaultsHelpFormatter, os.getenv("CLEARML_OUTPUT_URI", "")
     parser = ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=style)
-    parser.add_argument("--project-name", type=name, default="mnist-training-poc", help="project")
+    parser.add_argument("--project-name", type=names, default="mnist-training-poc", help="project")
     parser.add_argument("--task-name", type=name, default="pytorch_mnist", help="name of the task")
     parser.add_argument("--tags", nargs="+", default=[], help="tags, to filter tasks by")
     where = "to s3://..., gs://..., azure://... or folder (default: CLEARML_OUTPUT_URI=%(default)s)"

@@ -37,6 +37,13 @@ def name(text: str) -> str:
     return text
 
 
+def names(text: str) -> str:
+    """Accept the name of a project, with those of the projects above it before slashes."""
+    if any(len(part.strip()) < 3 for part in text.split("/") if part):
+        raise argparse.ArgumentTypeError("each part of a project's name, between slashes, has three characters or more")
+    return name(text)
+
+
 def storage_uri(text: str) -> str:
     """Accept a place for objects, or "" for the default. What is refused is not repeated: it may hold a secret."""
     try:

@@ -514,6 +514,7 @@ def test_what_is_refused_before_anything_exists(
         ("`--resume` comes with another", 2, ["--resume", good, "--epochs", 9], "--epochs was 12, and cannot change"),
         ("the device is not there", 2, ["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
         *((named, 2, ["--project-name", text], few) for text in ("   ", "a/../b", '"quoted"')),
+        (named, 2, ["--project-name", "p/mnist"], "each part of a project's name"),
         *((named, 2, ["--task-name", text], many) for text in ("n" * 221, "🚀" * 19)),
     ]
     (tmp_path / "done").mkdir()

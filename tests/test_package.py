@@ -254,6 +254,13 @@ def test_a_server_that_is_away_for_a_while(
     assert ("notes" in machine.read_task(run.task)["artifacts"]) == bool(call)
 
 
+def test_a_name_that_the_server_refuses_has_a_cure(write: Write, machine: Machine, stand_in: ClearMLServer) -> None:
+    machine.configure(stand_in.configuration())
+    script = write()
+    script.write_text(script.read_text().replace('"own project"', '"p/quu"'))
+    assert re.search("cannot be blank.*each part of a project's name", machine.run(script, code=1).stderr)
+
+
 def test_a_store_that_dies_is_not_taken_for_the_server(
     write: Write, begin: Begin, machine: Machine, own_server: ClearMLServer, tmp_path: Path
 ) -> None:

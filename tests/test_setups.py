@@ -135,7 +135,6 @@ WRONG = [
     Case(SERVER, '$secure api.verify_certificate: "/no/such.pem"', BUNDLE, "certificate file missing"),
     Case(CLEANUP, "$unknown", NOBODY, f"{LOST('clearml')}((?!--offline).)*$"),  # it has no such option
     Case(TO_STORE, "$server $store", NOBODY, LOST("store")),
-    Case((*SCRIPT, "--project-name", "p/quu"), "$server", {}, "cannot be blank.*each part of a project's name"),
     Case(TO_STORE, "$server api { $store }", {}, r"no keys: \S+ is inside api { }; move it to the end of the file"),
     *(Case(each, "$unusual", {}, "411.*CLEARML_API_DEFAULT_REQ_METHOD=PUT") for each in (SCRIPT, CLEANUP, SERVER)),
     *(Case(each, "sdk {}", KEYS | HOSTS, NO_WEB) for each in (SCRIPT, SERVER)),
