@@ -50,6 +50,8 @@ BROKEN: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "a name alone": (ENV, b"CLEARML_OUTPUT_URI\n", "line 1: not understood"),
     "a variable misspelt": (ENV, b"A=1\n\n\n CLEARML_OUTPUT_URL=x", "line 4: there is no CLEARML_OUTPUT_URL; write C"),
     "a variable without its prefix": (ENV, b"OUTPUT_URI=x", "there is no OUTPUT_URI; write CLEARML_OUTPUT_URI"),
+    "a variable in lower case": (ENV, b"clearml_output_uri=x", "there is no clearml_output_uri; write CLEARML_OUTPUT"),
+    "a variable of Google's": (ENV, b"GOOGLE_APPLICATION_CREDENTIAL=x", "write GOOGLE_APPLICATION_CREDENTIALS"),
     "variables in Latin-1": (ENV, "CLEARML_OUTPUT_URI=/tmp/ü\n".encode("latin-1"), "is no text file in UTF-8"),
     "variables in UTF-16": (ENV, "CLEARML_OUTPUT_URI=/tmp/x\n".encode("utf-16"), "is no text file in UTF-8"),
 }
@@ -210,6 +212,10 @@ def test_a_secret_is_redacted_in_every_spelling(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(os, "environ", os.environ | variables | {"AWS_SECRET_ACCESS_KEY": "wrong"})
     assert errors.redact(text) == shown
     assert errors.redact(f"{shown}; the cure") == f"{shown}; the cure"
+
+
+def test_a_missing_package_has_a_cure() -> None:
+    assert "pip install" in errors.diagnose(ModuleNotFoundError("No module named 'torch'")).cure
 
 
 def test_what_a_credential_process_prints_is_no_sign() -> None:
