@@ -121,3 +121,13 @@ def test_a_listing_has_more_than_a_page_or_fails(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(storage.StorageError, match="cannot list: forbidden"):
         storage.Folder(str(tmp_path)).list(f"{folder}/list/")
+
+
+def test_a_store_without_an_answer_is_asked_once_and_told_of_by_no_other_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.Store, "_size", look := Mock(side_effect=TimeoutError("of the first")))
+    store, said = storage.Store("s3://store:9000/models"), []
+    for key in ("first", "second"):
+        with pytest.raises(storage.StorageError, match=r"cannot check: no answer.*time-out") as refusal:
+            store.size(key)
+        said.append("of the first" in str(refusal.value))
+    assert (look.call_count, said) == (1, [True, False])
