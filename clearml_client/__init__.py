@@ -23,7 +23,7 @@ DOTENV = Path(__file__).resolve().parent.parent / ".env"
 OUTSIDE = dict(os.environ)  # what was set before .env was read
 NAMES = {"CLEARML_OUTPUT_URI", "CLEARML_API_HOST", "CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY"}
 NAMES |= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"}
-NAMES |= {"GOOGLE_APPLICATION_CREDENTIALS"}
+NAMES.add("GOOGLE_APPLICATION_CREDENTIALS")
 ENVIRONMENT = re.compile("(AWS|AZURE|CLEARML|GOOGLE|TRAINS)_")
 
 dotenv_problem: RunError | None = None  # why .env cannot be used; configuration.check() raises it
@@ -78,8 +78,8 @@ def check_lines(text: str) -> None:
         place = f"{DOTENV}, line {binding.original.line + blank_lines}"
         if binding.error or (binding.key and binding.value is None):
             raise RunError(f"{place}: not understood", "write NAME=value")
-        whole = re.sub("^OUTPUT_", "CLEARML_OUTPUT_", (binding.key or "").upper())
-        if meant := get_close_matches(whole, unset, 1, 0.94):
+        key = re.sub("^OUTPUT_", "CLEARML_OUTPUT_", (binding.key or "").upper())  # the prefix is easily forgotten
+        if meant := get_close_matches(key, unset, 1, 0.94):
             raise RunError(f"{place}: there is no {binding.key}", f"write {meant[0]}")
 
 

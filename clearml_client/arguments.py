@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from clearml_client.configuration import variable
 from clearml_client.errors import RunError
+from clearml_client.server import PARTS
 from clearml_client.storage import check_uri
 
 LONGEST = 220  # bytes of a quoted name: ClearML adds an id of 33, and file systems allow 255
@@ -33,14 +34,14 @@ def name(text: str) -> str:
     if len(text.strip()) < 3 or '"' in text or ".." in text.split("/"):
         raise argparse.ArgumentTypeError("a name has three characters or more, no double quote and no part `..`")
     if len(quoted) > LONGEST:
-        raise argparse.ArgumentTypeError(f"a name has at most {LONGEST} bytes, as it is in a URL, where ä has 6")
+        raise argparse.ArgumentTypeError(f"a name has at most {LONGEST} bytes when quoted for a URL, where ä takes 6")
     return text
 
 
 def names(text: str) -> str:
-    """Accept the name of a project, with those of the projects above it before slashes."""
+    """Accept the name of a project. Each part between slashes is a project's name, too."""
     if any(len(part.strip()) < 3 for part in text.split("/") if part):
-        raise argparse.ArgumentTypeError("each part of a project's name, between slashes, has three characters or more")
+        raise argparse.ArgumentTypeError(PARTS)
     return name(text)
 
 

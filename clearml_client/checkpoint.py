@@ -112,7 +112,7 @@ def load(parser: argparse.ArgumentParser, resume: str, output_dir: Path) -> Prog
     path = given if given.is_file() else newest(given, "checkpoint.pt")
     if not path:
         model = newest(given, "model.pt") if given.is_dir() else given.with_name("model.pt")
-        hint = "name the folder of a run that was stopped after its first epoch; resumed offline, it has a new folder"
+        hint = "name the folder of a run that was stopped after its first epoch; an offline run is resumed in a new one"
         if model and model.exists():
             hint = f"a complete run keeps no checkpoint, but its model: {model}"
         parser.error(f"argument --resume: no checkpoint at {given}; {hint}")

@@ -233,17 +233,6 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
         self.stored = same[-1] if self.output_uri else ""
         print(f"Model: {path}")
 
-    def check_objects(self, objects: dict[str, int]) -> None:
-        """Raise RunError for one that is not at its address, or has another size."""
-        for address, size in objects.items():
-            with explained(f"cannot see whether {address} is complete"):
-                store = storage.open_store(address)
-                found = store.size(store.key(address))
-            if found is None:
-                raise RunError(f"{address} is missing")
-            if size not in (0, found):
-                raise RunError(f"{address} has {found} bytes, and not {size}")
-
     def skip_without_server(self, _: object, model: Any) -> Any:
         """Be the SDK's callback before it makes a model of a file that torch.save has written, as it does by default.
 
@@ -272,7 +261,7 @@ class guard:  # noqa: N801 - it is used like a function, as contextlib.suppress 
                 task.flush(wait_for_uploads=True)
                 objects = stored_objects()
             with explained():
-                self.check_objects(objects)
+                check_objects(objects)
                 if self.lost.messages:
                     raise RunError(f"ClearML lost something: {self.lost.messages[0]}")
             with explained(what):
@@ -359,6 +348,18 @@ def stored_objects() -> dict[str, int]:
     if not task.is_offline():
         sizes |= dict.fromkeys([model.url for model in task.models["output"]], 0)  # the record has no size
     return {address: size for address, size in sizes.items() if address and task.id in address}
+
+
+def check_objects(objects: dict[str, int]) -> None:
+    """Raise RunError for one that is not at its address, or has another size."""
+    for address, size in objects.items():
+        with explained(f"cannot see whether {address} is complete"):
+            store = storage.open_store(address)
+            found = store.size(store.key(address))
+        if found is None:
+            raise RunError(f"{address} is missing")
+        if size not in (0, found):
+            raise RunError(f"{address} has {found} bytes, and not {size}")
 
 
 # --- what went wrong --------------------------------------------------------------------------------------------------
